@@ -1,0 +1,37 @@
+# The README's two commands are `make demo` and `make test`; everything they need is made here.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp-dev
+
+.PHONY: demo test check bench clean install
+
+# One environment for everything; re-made when the requirements change.
+$(STAMP): setup.cfg pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/python -m examples.demo
+
+# As root on Debian, the packages that some tests need are installed; elsewhere those tests are
+# skipped by name and counted at the end.
+test: $(STAMP)
+	@sh packaging/test-packages.sh
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+
+check: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(STAMP)
+	@$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Device profiles: what a board is and how to use it. The leaf of the import tree."""

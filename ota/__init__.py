@@ -1,0 +1,1 @@
+"""Signed updates on the device: trust, fetch, stage, prove, commit or roll back."""

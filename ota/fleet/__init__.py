@@ -1,0 +1,1 @@
+"""The server side of updates: signed repository, inventory, rollouts in waves."""

@@ -1,0 +1,1 @@
+"""Model compression: recipes, passes, evaluation, reports. Stands on edge_runtime."""
