@@ -1,0 +1,576 @@
+"""The configuration: every limit with its unit, default and reason.
+
+Law of this file: the structs below are the only place where an option, its default or its reason is
+stated; the command line, the daemon and docs/config.md take them from here. It turns a YAML mapping
+into a frozen `Config` and back into rows for people; besides reading that one file it does no I/O.
+`yaml` is imported when a file is read, so that what runs without one does not pay for it.
+
+A name says its unit (`_bytes_`, `_s`, `_ms`); byte sizes may be written as text (`64 MiB`).
+"""
+
+from __future__ import annotations
+
+import reprlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from edge_runtime.errors import EdgeError, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+# A configuration of a hundred models has some 50 KiB; anything larger is not one of ours.
+FILE_BYTES_MAX = MIB
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+_MODE_PATTERN = r"^0[0-7]{3}$"
+_CPUSET_PATTERN = r"^([0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*)?$"
+
+
+def _number(ge: float, le: float, unit: str, reason: str) -> Meta:
+    return Meta(ge=ge, le=le, description=reason, extra={"unit": unit})
+
+
+def _text(reason: str, pattern: str | None = None, expected: str = "") -> Meta:
+    return Meta(pattern=pattern, description=reason, extra={"expected": expected})
+
+
+def _why(reason: str) -> Meta:
+    return Meta(description=reason)
+
+
+class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the daemon writes about itself."""
+
+    format: Annotated[
+        Literal["auto", "text", "json"],
+        _why("auto: the journal's own protocol under systemd, else text lines on stderr"),
+    ] = "auto"
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        _why("events below this level are not written; `why` still knows them"),
+    ] = "info"
+
+
+class AccessRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who may; a written rule admits only whom it names. root and the daemon's user always may."""
+
+    users: Annotated[
+        tuple[str | int, ...], _why("users by name or uid, as the kernel reports the peer")
+    ] = ()
+    groups: Annotated[
+        tuple[str | int, ...], _why("groups by name or gid; supplementary groups count")
+    ] = ()
+    anyone: Annotated[bool, _why("true: every local user that can reach the socket")] = False
+
+
+class AccessConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who may do what. The mode of a socket decides who reaches it, the rule who is answered."""
+
+    infer: Annotated[AccessRule, _why("who may infer, where a model has no rule of its own")] = (
+        AccessRule(anyone=True)
+    )
+    control: Annotated[AccessRule, _why("who may install, activate, unload: as good as root")] = (
+        AccessRule()
+    )
+    infer_mode: Annotated[
+        str,
+        _text(
+            "open to all, as the rule is; not used for sockets given by systemd",
+            _MODE_PATTERN,
+            'an octal mode in quotes, such as "0666"',
+        ),
+    ] = "0666"
+    control_mode: Annotated[
+        str,
+        _text(
+            "only the daemon's user and root reach it, whatever the rule says",
+            _MODE_PATTERN,
+            'an octal mode in quotes, such as "0600"',
+        ),
+    ] = "0600"
+
+
+class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one client, or all of them, may cost the daemon."""
+
+    frame_body_bytes_max: Annotated[
+        int, _number(KIB, 4 * GIB, "bytes", "holds 100 camera images; more goes by shared memory")
+    ] = 64 * MIB
+    connections_max: Annotated[
+        int, _number(1, 16384, "connections", "each costs a descriptor and a buffer")
+    ] = 256
+    connection_idle_header_s: Annotated[
+        float, _number(0.1, 3600, "s", "a first frame, once begun, may take so long to arrive")
+    ] = 5.0
+    regions_per_connection_max: Annotated[
+        int, _number(0, 16, "regions", "shared memory regions: bounds what a client makes us map")
+    ] = 16
+    region_bytes_max: Annotated[
+        int, _number(4 * KIB, 64 * GIB, "bytes", "one region; mapped until its connection closes")
+    ] = 256 * MIB
+    bundle_bytes_max: Annotated[
+        int, _number(KIB, 16384 * GIB, "bytes", "an install by mistake must not fill the disk")
+    ] = 8 * GIB
+    control_connections_max: Annotated[
+        int, _number(1, 1024, "connections", "a script in a loop must not shut others out")
+    ] = 16
+    history_events_max: Annotated[
+        int, _number(10, 100_000, "events", "kept in memory for `why`: some 300 bytes each")
+    ] = 1000
+
+
+class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What installed models may cost the disk."""
+
+    byte_budget: Annotated[
+        int,
+        _number(
+            0,
+            16384 * GIB,
+            "bytes",
+            "above it the oldest generations go, never an active or previous one; 0: no limit",
+        ),
+    ] = 8 * GIB
+    free_bytes_min: Annotated[
+        int, _number(0, 16384 * GIB, "bytes", "kept for the rest of the machine by each install")
+    ] = 64 * MIB
+
+
+class RestartConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What happens after a worker died."""
+
+    backoff_initial_s: Annotated[
+        float, _number(0, 60, "s", "wait before the first restart; doubles with each death")
+    ] = 0.1
+    backoff_max_s: Annotated[
+        float, _number(0, 3600, "s", "longest wait: a repaired device is found within it")
+    ] = 30.0
+    deaths_max: Annotated[
+        int, _number(1, 1000, "deaths", "within window_s; then the previous generation takes over")
+    ] = 5
+    window_s: Annotated[
+        float, _number(1, 86400, "s", "how long a death counts against the generation")
+    ] = 60.0
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How one model is served: `workers` for all of them, `models.NAME` where one differs."""
+
+    variant: Annotated[
+        str, _text("the variant to serve; empty: the first that loads and keeps its goldens")
+    ] = ""
+    runners: Annotated[
+        Literal["auto"] | Annotated[int, Meta(ge=0, le=64)],
+        Meta(
+            description="threads that run the model; 0: inline, best for small models; "
+            "auto: measured at load",
+            extra={"unit": "threads", "expected": '"auto" or an integer from 0 to 64'},
+        ),
+    ] = "auto"
+    runner_threshold_ms: Annotated[
+        float, _number(0, 1000, "ms", "auto: shorter runs stay inline; a hand-over costs more")
+    ] = 2.0
+    queue_requests_max: Annotated[
+        int, _number(1, 65536, "requests", "above it a prompt refusal beats a late answer")
+    ] = 64
+    queue_bytes_max: Annotated[
+        int, _number(KIB, 16 * GIB, "bytes", "tensors that wait; above it requests are refused")
+    ] = 64 * MIB
+    priority_max: Annotated[
+        int, _number(0, 255, "priority", "a request that claims a higher one gets this one")
+    ] = 255
+    run_time_max_ms: Annotated[
+        float, _number(1, 3_600_000, "ms", "a longer run is a hang: the worker is restarted")
+    ] = 10_000.0
+    load_time_max_s: Annotated[
+        float, _number(1, 86400, "s", "load, warm-up and goldens; more where a device compiles")
+    ] = 120.0
+    warmup_runs: Annotated[
+        int, _number(0, 1000, "runs", "lazy allocations happen in them, not in the first request")
+    ] = 3
+    cpuset: Annotated[
+        str, _text("cores it may use; empty: all", _CPUSET_PATTERN, 'cores such as "0-1,3"')
+    ] = ""
+    nice: Annotated[int, _number(0, 19, "", "higher: yields the processor to others")] = 0
+    memory_bytes_max: Annotated[
+        int, _number(0, 16384 * GIB, "bytes", "above it the worker ends, not others; 0: no limit")
+    ] = 0
+    open_files_max: Annotated[
+        int, _number(64, 1 << 20, "files", "connections and regions of one worker")
+    ] = 1024
+    sandbox: Annotated[
+        bool, _why("no network, no writing, no new privileges; false only to debug")
+    ] = True
+    own_socket: Annotated[bool, _why("models/NAME.sock too: a path that one app can be given")] = (
+        True
+    )
+    access: Annotated[
+        AccessRule | None, _why("who may infer with this model; empty: as access.infer says")
+    ] = None
+    restart: Annotated[RestartConfig, _why("what happens after a worker died")] = RestartConfig()
+    keep_previous_warm: Annotated[
+        bool, _why("the previous generation stays loaded: a rollback takes milliseconds")
+    ] = True
+
+
+class WatchdogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When the daemon says to systemd that it is well."""
+
+    probe_timeout_s: Annotated[
+        float, _number(0.1, 60, "s", "a slower probe of serving does not feed the watchdog")
+    ] = 2.0
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that can be configured. `models` is merged: each is a whole WorkerConfig."""
+
+    log: LogConfig = LogConfig()
+    access: AccessConfig = AccessConfig()
+    limits: LimitsConfig = LimitsConfig()
+    store: StoreConfig = StoreConfig()
+    workers: WorkerConfig = WorkerConfig()
+    models: dict[str, WorkerConfig] = {}
+    watchdog: WatchdogConfig = WatchdogConfig()
+    services: Annotated[
+        tuple[str, ...], _why("parts run under a restart guard beside serving: module:Class")
+    ] = ()
+
+    def worker(self, name: str) -> WorkerConfig:
+        """How the model `name` is served: its own entry over `workers`, or `workers`."""
+        return self.models.get(name, self.workers)
+
+
+class Row(NamedTuple):
+    """One option as people see it. For models, `default` is what `workers` says."""
+
+    path: str
+    value: Any
+    default: Any
+    unit: str
+    reason: str
+
+
+def load(path: Path | None) -> Config:
+    """The configuration in a YAML file; None: all defaults.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UsageError: it cannot be read, is not YAML, or is wrong; file and key path are named.
+    """
+    if path is None:
+        return Config()
+    return parse(_document(_read(path), str(path)), str(path))
+
+
+def parse(document: Mapping[str, Any] | None, where: str) -> Config:
+    """Check a document and fill in the defaults; an empty one gives `Config()`.
+
+    Args:
+        where: the file, for errors.
+
+    Raises:
+        UsageError: an unknown key (nearest match named), a wrong type, or a value out of range.
+    """
+    if document is None:
+        return Config()
+    whole = _sized(_mapping(document, where, ""), where, "")
+    assert isinstance(whole, dict)
+    # `workers:` with all its lines commented out is a section that says nothing.
+    whole = {k: value for k, value in whole.items() if value is not None or k not in _SECTIONS}
+    models = _mapping(whole.pop("models", {}), where, "models")
+    config = _convert(whole, Config, where, "")
+    workers = whole.get("workers", {})
+    config = msgspec.structs.replace(
+        config, models={name: _model(name, own, workers, where) for name, own in models.items()}
+    )
+    _check_together(config, where)
+    return config
+
+
+def describe(config: Config) -> list[Row]:
+    """Every option, in the file's order; of models only what differs from `workers`."""
+    rows = list(_rows(config, Config(), ""))
+    for name, worker in config.models.items():
+        rows += [
+            row
+            for row in _rows(worker, config.workers, f"models.{name}.")
+            if row.value != row.default
+        ]
+    return rows
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(FILE_BYTES_MAX + 1)
+    except FileNotFoundError as error:
+        raise NotFoundError(
+            "there is no such configuration file",
+            where=str(path),
+            remedy="leave out --config to run with the defaults",
+        ) from error
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    if len(data) > FILE_BYTES_MAX:
+        raise UsageError(
+            "the file is too large to be a configuration",
+            where=str(path),
+            expected=f"at most {FILE_BYTES_MAX} bytes",
+        )
+    return data
+
+
+def _document(data: bytes, where: str) -> Any:
+    """The YAML document, or None for an empty file; duplicate keys are refused.
+
+    PyYAML's pure loader, on purpose: libyaml's composer recurses in C, and deep nesting ends the
+    process there; here it is a RecursionError.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[Any] = set()
+            for key_node, _ in node.value:
+                key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+                if key in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark
+                    )
+                if key is not None:
+                    seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(data, Loader=Loader)  # a SafeLoader: builds plain values only
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{error.problem or error}", where=f"{where}{line}") from error
+    # Not only YAMLError: impossible dates and wrong explicit tags raise what int() or dict[] raise.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UsageError(f"is not YAML: {str(error).partition(chr(10))[0]}", where=where) from error
+    except RecursionError as error:
+        raise UsageError("is nested too deeply", where=where) from error
+
+
+# --- checking -----------------------------------------------------------------------------------
+
+_SECTIONS = frozenset({"log", "access", "limits", "store", "workers", "models", "watchdog"})
+_UNITS = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB}
+_S = TypeVar("_S", bound=msgspec.Struct)
+
+
+def _mapping(value: Any, where: str, path: str) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise _wrong(value, where, path, "a mapping of keys to values")
+    return value
+
+
+def _wrong(value: Any, where: str, path: str, expected: str) -> UsageError:
+    # reprlib: an aliased document may be short in the file and endless when written out
+    message = f"wrong value {reprlib.repr(value)}"
+    return UsageError(message, where=_at(where, path), expected=expected)
+
+
+def _at(where: str, path: str) -> str:
+    return f"{where}: {path}" if path else where
+
+
+def _sized(value: Any, where: str, path: str) -> Any:
+    """A copy in which the text of every `*bytes*` key (`64 MiB`) is its number of bytes."""
+    if not isinstance(value, dict):
+        return value
+    copy = {}
+    for key, inner in value.items():
+        inner_path = f"{path}.{key}" if path else str(key)
+        if not isinstance(key, str):
+            raise UsageError(
+                f"the key {reprlib.repr(key)} is not text",
+                where=_at(where, path),
+                remedy="put it in quotes if it is meant so",
+            )
+        if isinstance(inner, str) and "byte" in key:
+            copy[key] = _bytes_of(inner, where, inner_path)
+        elif path.count(".") < 3:  # our keys are at most four deep; aliases may nest for ever
+            copy[key] = _sized(inner, where, inner_path)
+        else:
+            copy[key] = inner
+    return copy
+
+
+def _bytes_of(text: str, where: str, path: str) -> int:
+    digits = text.strip().rstrip("BKMGiIbkmg").strip()
+    unit = text.strip()[len(digits) :].strip().upper()
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 18) or unit not in _UNITS:
+        raise _wrong(text, where, path, "bytes, such as 1048576, 64 KiB, 8 MiB or 2 GiB")
+    return int(digits) * _UNITS[unit]
+
+
+def _convert(document: dict[Any, Any], kind: type[_S], where: str, path: str) -> _S:
+    try:
+        return msgspec.convert(document, kind)
+    except msgspec.ValidationError as error:
+        raise _explained(error, document, kind, where, path) from error
+
+
+def _model(name: str, own: Any, workers: dict[str, Any], where: str) -> WorkerConfig:
+    """One entry of `models` over `workers`; checked alone first, so that errors name its keys."""
+    import re
+
+    path = f"models.{name}"
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise _wrong(name, where, path, "a model's name: a-z, 0-9, '.', '_', '-', at most 64")
+    own = _mapping({} if own is None else own, where, path)
+    _convert(own, WorkerConfig, where, path)
+    merged = {**workers, **own}
+    if "restart" in own:  # its keys one by one; an access rule is replaced as a whole
+        merged["restart"] = {**workers.get("restart", {}), **own["restart"]}
+    return _convert(merged, WorkerConfig, where, path)
+
+
+def _check_together(config: Config, where: str) -> None:
+    """What no single field can say."""
+    rules = {"access.infer": config.access.infer, "access.control": config.access.control}
+    for path, worker in _workers(config):
+        if worker.access is not None:
+            rules[f"{path}.access"] = worker.access
+        if worker.restart.backoff_initial_s > worker.restart.backoff_max_s:
+            raise _wrong(
+                worker.restart.backoff_initial_s,
+                where,
+                f"{path}.restart.backoff_initial_s",
+                f"at most backoff_max_s, which is {worker.restart.backoff_max_s}",
+            )
+        _check_cpuset(worker.cpuset, where, f"{path}.cpuset")
+    for path, rule in rules.items():
+        if rule.anyone and (rule.users or rule.groups):
+            raise UsageError(
+                "admits anyone and also names users or groups",
+                where=_at(where, path),
+                expected="one of them",
+                remedy="remove `anyone` to admit only those who are named",
+            )
+
+
+def _workers(config: Config) -> Iterator[tuple[str, WorkerConfig]]:
+    yield "workers", config.workers
+    for name, worker in config.models.items():
+        yield f"models.{name}", worker
+
+
+def _check_cpuset(text: str, where: str, path: str) -> None:
+    for part in text.split(",") if text else ():
+        first, _, last = part.partition("-")
+        if last and int(last) < int(first):
+            raise _wrong(text, where, path, "ranges that go upwards, such as '0-1,3'")
+
+
+# --- explaining ---------------------------------------------------------------------------------
+
+
+def _explained(
+    error: msgspec.ValidationError,
+    document: dict[Any, Any],
+    kind: type[msgspec.Struct],
+    where: str,
+    prefix: str,
+) -> EdgeError:
+    """msgspec's verdict in our words: it names the inner path (`$.restart`), we the file.
+
+    Its messages end in " - at `$PATH`"; an unknown key reads "... unknown field `KEY`".
+    """
+    text, _, tail = str(error).partition(" - at `$")
+    inner = [part for part in tail.rstrip("`").replace("[", ".[").split(".") if part]
+    path = ".".join([*([prefix] if prefix else []), *inner]).replace(".[", "[")
+    owner, meta, hint = _field(kind, inner)
+    if "unknown field `" in text:
+        key = text.partition("unknown field `")[2].rstrip("`")
+        return _unknown(key, owner, where, f"{path}.{key}" if path else key)
+    value = _value(document, inner)
+    extra = (meta.extra if meta else None) or {}
+    expected = extra.get("expected") or _expected(text, meta, hint)
+    return _wrong(value, where, path, expected)
+
+
+def _unknown(key: str, owner: type[msgspec.Struct], where: str, path: str) -> UsageError:
+    import difflib
+
+    known = owner.__struct_fields__
+    near = difflib.get_close_matches(key, known, n=1)
+    return UsageError(
+        f"unknown key {key!r}",
+        where=_at(where, path),
+        expected="" if near else "one of " + ", ".join(known),
+        remedy=f"did you mean {near[0]!r}?" if near else "",
+    )
+
+
+def _field(
+    kind: type[msgspec.Struct], parts: list[str]
+) -> tuple[type[msgspec.Struct], Meta | None, Any]:
+    """Follow a path through the structs: the last struct, and the last field's Meta and type."""
+    owner, meta, hint = kind, None, None
+    for part in parts:
+        if part.startswith("["):
+            continue
+        hint = next(field.type for field in msgspec.structs.fields(owner) if field.name == part)
+        meta, inner = _annotation(hint)
+        owner = inner or owner
+    return owner, meta, hint
+
+
+def _annotation(hint: Any) -> tuple[Meta | None, type[msgspec.Struct] | None]:
+    """The Meta of an annotation, and the struct inside it, if any."""
+    metas = [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Meta)]
+    core = getattr(hint, "__origin__", hint) if metas else hint
+    for option in (core, *getattr(core, "__args__", ())):
+        if isinstance(option, type) and issubclass(option, msgspec.Struct):
+            return (metas[0] if metas else None), option
+    return (metas[0] if metas else None), None
+
+
+def _value(document: Any, parts: list[str]) -> Any:
+    for part in parts:
+        if part.startswith("[") and part[1:-1].isdigit() and isinstance(document, list):
+            document = document[int(part[1:-1])]
+        elif isinstance(document, dict):
+            document = document.get(part)
+    return document
+
+
+def _expected(text: str, meta: Meta | None, hint: Any) -> str:
+    """ "an integer from 0 to 19 (bytes)" from msgspec's "Expected `int` <= 19" and the bounds."""
+    names = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
+    names |= {"array": "a list", "object": "a mapping of keys to values"}
+    if "enum value" in text:
+        choices = getattr(getattr(hint, "__origin__", hint), "__args__", ())
+        return "one of " + ", ".join(str(choice) for choice in choices)
+    kind = text.partition("`")[2].partition("`")[0]
+    expected = " or ".join(names.get(name, name) for name in kind.split(" | "))
+    if meta is not None and meta.ge is not None:
+        unit = (meta.extra or {}).get("unit")
+        expected += f" from {meta.ge} to {meta.le}" + (f" ({unit})" if unit else "")
+    return expected
+
+
+def _rows(struct: msgspec.Struct, default: msgspec.Struct, prefix: str) -> Iterator[Row]:
+    for field in msgspec.structs.fields(type(struct)):
+        if prefix == "" and field.name == "models":
+            continue  # described over `workers`, by the caller
+        value, usual = getattr(struct, field.name), getattr(default, field.name)
+        meta, _ = _annotation(field.type)
+        if isinstance(value, msgspec.Struct) and isinstance(usual, msgspec.Struct):
+            yield from _rows(value, usual, f"{prefix}{field.name}.")
+            continue
+        unit = str((meta.extra or {}).get("unit", "")) if meta else ""
+        plain = msgspec.to_builtins((value, usual))
+        reason = (meta and meta.description) or ""
+        yield Row(f"{prefix}{field.name}", plain[0], plain[1], unit, reason)
