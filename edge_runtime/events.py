@@ -347,7 +347,13 @@ class TeeSink:
 # --- which one ------------------------------------------------------------------------------------
 
 
-def sink_for(stream: TextIO, environ: Mapping[str, str], style: str = "auto") -> Sink:
+def sink_for(
+    stream: TextIO,
+    environ: Mapping[str, str],
+    style: str = "auto",
+    *,
+    journal: Path = JOURNAL_SOCKET,
+) -> Sink:
     """The sink for a daemon whose log stream is `stream`.
 
     `auto`: the journal where systemd connected `stream` to it, else text. `text` and `json` are
@@ -358,7 +364,7 @@ def sink_for(stream: TextIO, environ: Mapping[str, str], style: str = "auto") ->
         return JsonSink(stream)
     if style == "auto" and is_journal(stream, environ):
         try:
-            return JournalSink()
+            return JournalSink(journal)
         except OSError:
             pass  # a container that sees the variable but not the socket: text goes the same way
     return TextSink(stream)
