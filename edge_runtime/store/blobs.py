@@ -1,0 +1,139 @@
+"""Blobs: files named by the SHA-256 of their bytes.
+
+Law of this file: a blob gets its name only after its bytes were hashed on the way in, synced, and
+hashed again on the way back. Who needs a blob, and when it may go, is not known here. The names are
+durable after `sync`, which the caller owes before anything refers to them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from edge_runtime.errors import BundleError, NotFoundError, StorageError
+from edge_runtime.files import Files, discard, temporary
+from edge_runtime.store import generations
+from edge_runtime.store.generations import BlobRef
+
+# Told how many bytes were just hashed or written.
+Advance = Callable[[int], None]
+
+
+def ignore(_size_bytes: int) -> None:
+    """An Advance for callers that show no progress."""
+
+
+class Blobs:
+    """The directory of blobs. One thread at a time."""
+
+    def __init__(self, files: Files, directory: Path) -> None:
+        self._files = files
+        self.directory = directory
+
+    def path(self, sha256: str) -> Path:
+        """Where the blob is or would be."""
+        return self.directory / generations.check_sha256(sha256)
+
+    def present(self) -> dict[str, int]:
+        """Every blob's size in bytes, by SHA-256; not hashed."""
+        names = [n for n in self._files.names(self.directory) if generations.SHA256.fullmatch(n)]
+        entries = {name: self._files.entry(self.directory / name) for name in names}
+        return {name: entry.size_bytes for name, entry in entries.items() if entry is not None}
+
+    def require(self, blob: BlobRef) -> Path:
+        """The blob's path when it is there with its size; not hashed.
+
+        Raises:
+            StorageError: missing or of another size.
+        """
+        path = self.path(blob.sha256)
+        entry = self._files.entry(path)
+        if entry is None or entry.size_bytes != blob.size_bytes:
+            found = "missing" if entry is None else f"{entry.size_bytes} bytes long"
+            raise StorageError(
+                f"blob is {found}",
+                where=str(path),
+                expected=f"{blob.size_bytes} bytes",
+                remedy="install the bundle again to repair it",
+            )
+        return path
+
+    def is_intact(self, blob: BlobRef, advance: Advance = ignore) -> bool:
+        """Whether the blob is there and its bytes hash to its name."""
+        try:
+            return self._digest(self.path(blob.sha256), advance) == (blob.sha256, blob.size_bytes)
+        except NotFoundError:
+            return False
+
+    def add(self, blob: BlobRef, chunks: Iterable[bytes], advance: Advance = ignore) -> None:
+        """Write a blob, replacing what bears its name.
+
+        Raises:
+            BundleError: the chunks are not this blob; nothing is left.
+            StorageError: a step failed, or the medium gave other bytes back; nothing is left.
+        """
+        path = self.path(blob.sha256)
+        prepared = temporary(path)
+        try:
+            self._files.write(prepared, _checked(blob, chunks, advance))
+            self._files.sync(prepared)
+            if self._digest(prepared, ignore) != (blob.sha256, blob.size_bytes):
+                raise StorageError(
+                    "read back other bytes than were written",
+                    where=str(prepared),
+                    remedy="the medium is failing: replace it",
+                )
+            self._files.rename(prepared, path)
+        except BaseException:
+            discard(self._files, prepared)
+            raise
+
+    def drop(self, sha256: str) -> int:
+        """Remove a blob; the bytes freed."""
+        path = self.path(sha256)
+        entry = self._files.entry(path)
+        if entry is None:
+            return 0
+        self._files.unlink(path)
+        return entry.size_bytes
+
+    def sync(self) -> None:
+        """Every blob's name is on the medium."""
+        self._files.sync_directory(self.directory)
+
+    def _digest(self, path: Path, advance: Advance) -> tuple[str, int]:
+        hasher = hashlib.sha256()
+        size_bytes = 0
+        for chunk in self._files.chunks(path):
+            hasher.update(chunk)
+            size_bytes += len(chunk)
+            advance(len(chunk))
+        return hasher.hexdigest(), size_bytes
+
+
+def _checked(blob: BlobRef, chunks: Iterable[bytes], advance: Advance) -> Iterator[bytes]:
+    """The chunks again, hashed on the way; endless and short data end in a BundleError."""
+    hasher = hashlib.sha256()
+    size_bytes = 0
+    for chunk in chunks:
+        size_bytes += len(chunk)
+        if size_bytes > blob.size_bytes:
+            raise BundleError(
+                "artifact is longer than stated",
+                where=blob.sha256,
+                expected=f"{blob.size_bytes} bytes",
+            )
+        hasher.update(chunk)
+        yield chunk
+        advance(len(chunk))
+    if size_bytes != blob.size_bytes:
+        raise BundleError(
+            f"artifact ends after {size_bytes} bytes",
+            where=blob.sha256,
+            expected=f"{blob.size_bytes} bytes",
+        )
+    if hasher.hexdigest() != blob.sha256:
+        raise BundleError(
+            f"artifact has SHA-256 {hasher.hexdigest()}", where=blob.sha256, expected=blob.sha256
+        )
