@@ -4,9 +4,9 @@ Law of this file: bytes in, values out; no socket, no clock, no numpy. It decide
 what is malformed and what is too large; who reads, waits or answers is elsewhere. The layout is the
 public contract of docs/protocol.md: fields are added at the end of headers, never moved.
 
-What changes from request to request (id, deadline, sizes) is in the prefix; what stays the same from
-one request of a client to the next is in the header, so that a worker can recognise a header by its
-bytes and skip parsing it.
+What changes from request to request (id, deadline, sizes) is in the prefix; what stays the same
+from one request of a client to the next is in the header, so that a worker can recognise a header
+by its bytes and skip parsing it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ MAGIC = b"EDGE"
 VERSION = 1
 PREFIX = struct.Struct("<4sBBBBIIQQ")
 PREFIX_SIZE = PREFIX.size  # 32
+# The two words that differ between responses of one kind: written into a prepared frame.
+PREFIX_TAIL = struct.Struct("<QQ")  # request_id, time_ns
+PREFIX_TAIL_AT = PREFIX_SIZE - PREFIX_TAIL.size
 HEADER_ALIGNMENT = 32  # pad headers with spaces to this, and the body is aligned: no copy
 
 # 64 KiB holds some 400 tensors' descriptions: larger headers are mistakes or attacks. Not
 # configurable, because both ends must know it before they can exchange anything.
 HEADER_SIZE_MAX = 64 * 1024
-# Default of the configurable cap on tensor bytes inside one frame; larger tensors go by shared memory.
+# Default of the configurable cap on tensor bytes inside one frame; larger ones go by shared memory.
 BODY_SIZE_MAX = 64 * 1024 * 1024
 
 
@@ -76,7 +79,7 @@ def decode_prefix(data: bytes | bytearray | memoryview, offset: int = 0) -> Pref
     """Decode 32 bytes at `offset`.
 
     Raises:
-        MalformedError: not our magic, version, kind or flags: the stream cannot be trusted any more.
+        MalformedError: not our magic, version, kind or flags: the stream cannot be trusted.
         TooLargeError: the header is over HEADER_SIZE_MAX (the body's cap is the reader's policy).
     """
     magic, version, kind, priority, flags, header_size, body_size, request_id, time_ns = (
