@@ -1,0 +1,147 @@
+"""Commands that change what serves: install, activate, rollback, unload, remove, gc.
+
+Law of this file: one control call per command; its answer in one or two lines, or as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_runtime.cli import arguments as args
+from edge_runtime.cli import output
+from edge_runtime.cli.control import call
+from edge_runtime.cli.progress import Progress
+from edge_runtime.errors import NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator, Mapping
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the parsers of this file's commands."""
+    install = subparsers.add_parser("install", help="install a bundle")
+    install.add_argument("bundle", metavar="BUNDLE", type=Path, help="a .bundle file or directory")
+    install.add_argument("--activate", action="store_true", help="serve it once it is installed")
+    install.set_defaults(handler=_install)
+
+    for name, handler in (("activate", _activate), ("remove", _remove)):
+        parser = subparsers.add_parser(name)
+        parser.add_argument("target", metavar="NAME@VERSION", type=args.name_at_version)
+        parser.set_defaults(handler=handler)
+    for name, handler in (("rollback", _rollback), ("unload", _unload)):
+        parser = subparsers.add_parser(name)
+        parser.add_argument("name", metavar="NAME")
+        parser.set_defaults(handler=handler)
+    subparsers.add_parser("gc").set_defaults(handler=_gc)
+    for parser in subparsers.choices.values():
+        args.add_global(parser)
+
+
+def _install(arguments: argparse.Namespace) -> int:
+    with contextlib.ExitStack() as stack:
+        fd = stack.enter_context(_opened(arguments.bundle))
+        payload = {"activate": arguments.activate, "filename": arguments.bundle.name}
+        reply = _call_with_progress(arguments, "install", payload, (fd,))
+    verb = "installed" if reply.get("new", True) else "already installed:"
+    text = f"{verb} {reply['name']}@{reply['version']} (generation {reply.get('generation', '?')}"
+    text += f", {output.size(reply.get('bytes_written'))} written)"
+    if reply.get("activated"):
+        text += "\nit is active now"
+    elif not arguments.activate:
+        text += f"\nto serve it: edge-runtime activate {reply['name']}@{reply['version']}"
+    return _answer(arguments, reply, text)
+
+
+def _activate(arguments: argparse.Namespace) -> int:
+    name, version = arguments.target
+    reply = _call_with_progress(arguments, "activate", {"name": name, "version": version})
+    return _answer(arguments, reply, f"{name}@{reply.get('version', version)} is active")
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    reply = _call_with_progress(arguments, "rollback", {"name": arguments.name})
+    version = f"@{reply['version']}" if "version" in reply else ""
+    return _answer(arguments, reply, f"{arguments.name}{version} is active again")
+
+
+def _unload(arguments: argparse.Namespace) -> int:
+    reply = call(arguments, "unload", {"name": arguments.name})
+    freed = output.size(reply.get("freed_bytes"))
+    return _answer(arguments, reply, f"unloaded {arguments.name}: {freed} of memory came back")
+
+
+def _remove(arguments: argparse.Namespace) -> int:
+    name, version = arguments.target
+    reply = call(arguments, "remove", {"name": name, "version": version})
+    freed = output.size(reply.get("freed_bytes"))
+    return _answer(arguments, reply, f"removed {name}@{version}: {freed} of disk came back")
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    reply = call(arguments, "gc")
+    return _answer(arguments, reply, f"{output.size(reply.get('freed_bytes'))} of disk came back")
+
+
+def _answer(arguments: argparse.Namespace, reply: Mapping[str, Any], text: str) -> int:
+    if arguments.json:
+        output.print_json(reply)
+    else:
+        print("\n".join(output.printable(line) for line in text.split("\n")))
+    return 0
+
+
+def _call_with_progress(
+    arguments: argparse.Namespace, command: str, payload: dict[str, Any], fds: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    progress = Progress(sys.stderr, quiet=arguments.json)
+
+    def show(event: Mapping[str, Any]) -> None:
+        progress.update(
+            str(event.get("text", "")), int(event.get("done") or 0), int(event.get("total") or 0)
+        )
+
+    try:
+        return call(arguments, command, payload, fds=fds, on_event=show)
+    finally:
+        progress.close()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor of the bundle file; a directory is packed into a nameless file first.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UsageError: it cannot be read, or is neither a file nor a directory.
+        BundleError: the directory is no bundle.
+    """
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            path = _packed(path, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        try:
+            # Non-blocking, so that a FIFO by mistake is refused and not waited for.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError as error:
+            raise NotFoundError("there is no such bundle", where=str(path)) from error
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(f"the bundle cannot be read: {reason}", where=str(path)) from error
+        stack.callback(os.close, fd)
+        if not path.is_file():
+            raise UsageError("is not a bundle", where=str(path), expected="a file or directory")
+        yield fd
+
+
+def _packed(directory: Path, into: Path) -> Path:
+    from edge_runtime.bundle import archive
+
+    target = into / f"{directory.resolve().name}.bundle"
+    with archive.open_bundle(directory) as bundle:
+        archive.pack(bundle, target)
+    return target
