@@ -155,7 +155,7 @@ class Reference:
         document = _read(artifact)
         typed.decode(Behaviour, options)  # before the merge, so that an error names an option
         behaviour = typed.decode(Behaviour, {**msgspec.to_builtins(document.behaviour), **options})
-        graph = _graph(document, where=str(artifact))
+        graph = compile_graph(document, where=str(artifact))
         trouble = _Trouble(behaviour, self._sleep, self._clock)
         trouble.at_load()
         return ReferenceModel(graph, trouble)
@@ -300,13 +300,18 @@ def _read(artifact: Path) -> Artifact:
         raise BackendError(
             "a reference model this large", where=str(artifact), expected=f"<= {ARTIFACT_SIZE_MAX}"
         )
+    return decode(data, str(artifact))
+
+
+def decode(data: bytes, where: str) -> Artifact:
+    """The document in the bytes of an artifact. Raises: BackendError."""
     try:
         return msgspec.json.decode(data, type=Artifact)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
-        raise BackendError(f"not a reference model: {e}", where=str(artifact)) from e
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        raise BackendError(f"not a reference model: {e}", where=where) from e
 
 
-def _graph(document: Artifact, where: str) -> _Graph:
+def compile_graph(document: Artifact, where: str) -> _Graph:
     """The document as steps, tried once with zeros (free dimensions: 1).
 
     Raises:
