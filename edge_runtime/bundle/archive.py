@@ -278,42 +278,25 @@ def _mark_error(archive: Source, member: Member, following: Member | None) -> Bu
 
 
 def _open_directory(path: Path, bundle_bytes_max: int) -> Bundle:
-    with contextlib.ExitStack() as opened:
-        manifest_source = _open_member(path / manifests.FILE_NAME, opened)
-        size = min(manifest_source.size, document.SIZE_BYTES_MAX + 1)  # parse refuses one too many
-        manifest_bytes = manifest_source.read_at(0, size)
-        manifest = manifests.parse(manifest_bytes, manifest_source.where)
-        wanted = manifests.blobs(manifest)
-        _check_total(sum(blob.size for blob in wanted.values()), bundle_bytes_max, str(path))
-        _check_names(path, {manifests.FILE_NAME, BLOBS_DIRECTORY})
-        _check_names(path / BLOBS_DIRECTORY, set(wanted))
-        blobs = {
-            sha256: _directory_blob(path / BLOBS_DIRECTORY / sha256, blob.size)
-            for sha256, blob in wanted.items()
-        }
-        return Bundle(manifest_bytes, manifest, blobs, str(path))
+    manifest_source = source.from_path(path / manifests.FILE_NAME)
+    size = min(manifest_source.size, document.SIZE_BYTES_MAX + 1)  # parse refuses one too many
+    manifest_bytes = manifest_source.read_at(0, size)
+    manifest = manifests.parse(manifest_bytes, manifest_source.where)
+    wanted = manifests.blobs(manifest)
+    _check_total(sum(blob.size for blob in wanted.values()), bundle_bytes_max, str(path))
+    _check_names(path, {manifests.FILE_NAME, BLOBS_DIRECTORY})
+    _check_names(path / BLOBS_DIRECTORY, set(wanted))
+    blobs = {sha256: source.from_path(path / BLOBS_DIRECTORY / sha256) for sha256 in wanted}
+    for sha256, blob in blobs.items():
+        _check_size(blob, wanted[sha256].size)
+    return Bundle(manifest_bytes, manifest, blobs, str(path))
 
 
-def _open_member(path: Path, opened: contextlib.ExitStack) -> Source:
-    fd = source.open_regular(path)
-    opened.callback(os.close, fd)
-    return source.from_fd(fd, str(path))
-
-
-def _directory_blob(path: Path, size: int) -> Source:
-    """Opens the file for each read: thousands of blobs must not hold thousands of descriptors."""
-    with contextlib.ExitStack() as opened:
-        found = _open_member(path, opened).size
-    if found != size:
+def _check_size(blob: Source, size: int) -> None:
+    if blob.size != size:
         raise BundleError(
-            f"has {found} bytes", where=str(path), expected=f"{size} bytes, from the manifest"
+            f"has {blob.size} bytes", where=blob.where, expected=f"{size} bytes, from the manifest"
         )
-
-    def read(offset: int, count: int) -> bytes:
-        with contextlib.ExitStack() as opened:
-            return _open_member(path, opened).read_at(offset, count)
-
-    return Source(size, read, str(path))
 
 
 def _check_names(directory: Path, wanted: set[str]) -> None:
@@ -364,22 +347,21 @@ def pack(bundle: Bundle, out_path: Path, progress: Progress | None = None) -> st
         _sync_directory(out_path.parent)
     with open_bundle(out_path):
         pass
-    return _file_sha256(out_path)
+    return source.from_path(out_path).sha256()
 
 
 def compose(manifest: Manifest, blobs: Mapping[str, Source]) -> Bundle:
-    """A bundle of a manifest and the sources of its blobs.
+    """A bundle of a manifest and the sources of all its blobs, by sha256.
 
     Raises:
-        BundleError: the manifest is wrong, or a blob is missing or of another size.
+        BundleError: the manifest is wrong, or a blob has another size than it says.
     """
     manifest_bytes = manifests.dump(manifest)
     checked = manifests.parse(manifest_bytes)
     wanted = manifests.blobs(checked)
-    for sha256, blob in wanted.items():
-        if sha256 not in blobs or blobs[sha256].size != blob.size:
-            raise BundleError(f"blob {sha256} is missing or has another size", where="bundle")
     sources = {sha256: blobs[sha256] for sha256 in wanted}
+    for sha256, blob in sources.items():
+        _check_size(blob, wanted[sha256].size)
     return Bundle(manifest_bytes, checked, sources, "bundle")
 
 
@@ -474,11 +456,6 @@ def _sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _file_sha256(path: Path) -> str:
-    with contextlib.ExitStack() as opened:
-        return _open_member(path, opened).sha256()
 
 
 @contextlib.contextmanager

@@ -49,7 +49,11 @@ class Tolerance(msgspec.Struct, frozen=True):
 
 
 class Variant(msgspec.Struct, frozen=True):
-    """One artifact for one backend, precision and class of device."""
+    """One artifact for one backend, precision and class of device.
+
+    `custom_domains` names the ONNX operator domains, beyond the standard ones, that the artifact
+    may use: whoever makes the bundle says so, lint does not guess.
+    """
 
     name: str
     backend: str
@@ -58,6 +62,7 @@ class Variant(msgspec.Struct, frozen=True):
     device_class: str = "cpu"
     options: dict[str, Any] = {}
     tolerance: Tolerance = Tolerance()
+    custom_domains: tuple[str, ...] = ()
 
 
 class GoldenTensor(msgspec.Struct, frozen=True):

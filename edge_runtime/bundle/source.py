@@ -112,6 +112,31 @@ def from_fd(fd: int, where: str) -> Source:
     return Source(status.st_size, lambda offset, size: _pread(fd, size, offset), where)
 
 
+def from_path(path: Path) -> Source:
+    """A source over a regular file that is opened anew for each read.
+
+    A bundle may have thousands of blobs, which must not hold thousands of descriptors.
+
+    Raises:
+        BundleError: it is a symbolic link or no regular file.
+        NotFoundError: there is no such file.
+        StorageError: it cannot be opened.
+    """
+
+    def read(offset: int, size: int) -> bytes:
+        fd = open_regular(path)
+        try:
+            return _pread(fd, size, offset)
+        finally:
+            os.close(fd)
+
+    fd = open_regular(path)
+    try:
+        return Source(os.fstat(fd).st_size, read, str(path))
+    finally:
+        os.close(fd)
+
+
 def from_file(file: BinaryIO, where: str) -> Source:
     """A source over a seekable binary file object; for one thread."""
 
