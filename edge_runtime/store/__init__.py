@@ -4,15 +4,9 @@ Law of this package: content-addressed blobs, generations and the switch between
 at every interruption. It does not know what a manifest says or what a blob is for.
 """
 
-from edge_runtime.store.driver import (
-    BlobSource,
-    Freed,
-    Recovery,
-    Store,
-    StoreStatistics,
-    Verification,
-)
+from edge_runtime.store.driver import BlobSource, Freed, Store, StoreStatistics, Verification
 from edge_runtime.store.generations import BlobRef, Generation, Switch
+from edge_runtime.store.recovery import Recovery
 
 __all__ = [
     "Store",

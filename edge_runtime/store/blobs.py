@@ -38,8 +38,13 @@ class Blobs:
     def present(self) -> dict[str, int]:
         """Every blob's size in bytes, by SHA-256; not hashed."""
         names = [n for n in self._files.names(self.directory) if generations.SHA256.fullmatch(n)]
-        entries = {name: self._files.entry(self.directory / name) for name in names}
-        return {name: entry.size_bytes for name, entry in entries.items() if entry is not None}
+        sizes = {name: self.size_bytes(name) for name in names}
+        return {name: size for name, size in sizes.items() if size is not None}
+
+    def size_bytes(self, sha256: str) -> int | None:
+        """The blob's size; None when it is not there."""
+        entry = self._files.entry(self.path(sha256))
+        return None if entry is None else entry.size_bytes
 
     def require(self, blob: BlobRef) -> Path:
         """The blob's path when it is there with its size; not hashed.
@@ -48,11 +53,10 @@ class Blobs:
             StorageError: missing or of another size.
         """
         path = self.path(blob.sha256)
-        entry = self._files.entry(path)
-        if entry is None or entry.size_bytes != blob.size_bytes:
-            found = "missing" if entry is None else f"{entry.size_bytes} bytes long"
+        found = self.size_bytes(blob.sha256)
+        if found != blob.size_bytes:
             raise StorageError(
-                f"blob is {found}",
+                "blob is missing" if found is None else f"blob has {found} bytes",
                 where=str(path),
                 expected=f"{blob.size_bytes} bytes",
                 remedy="install the bundle again to repair it",
@@ -91,12 +95,11 @@ class Blobs:
 
     def drop(self, sha256: str) -> int:
         """Remove a blob; the bytes freed."""
-        path = self.path(sha256)
-        entry = self._files.entry(path)
-        if entry is None:
+        size_bytes = self.size_bytes(sha256)
+        if size_bytes is None:
             return 0
-        self._files.unlink(path)
-        return entry.size_bytes
+        self._files.unlink(self.path(sha256))
+        return size_bytes
 
     def sync(self) -> None:
         """Every blob's name is on the medium."""

@@ -1,13 +1,14 @@
 """The store: carries out the rules of `generations.py` through `Files`.
 
 Law of this file: order of steps, nothing else. What is installed, serves or may go is decided in
-`generations.py`; how a blob or record is made is in `blobs.py`, `records.py` and `files.py`. Three
-orders make every interruption harmless:
+`generations.py`; how a blob, record or slot is made is in `blobs.py`, `records.py` and `disk.py`.
+Three orders make every interruption harmless:
 
 1. blobs, then the generation that names them, then the switch that names the generation; each is on
    the medium before the next is begun (also what an earlier, interrupted call left merely visible);
 2. a generation appears and disappears by one rename of its whole directory;
-3. before anything is removed, both slots of the switch are on the medium and agree that it is free.
+3. before a generation goes, both slots of the switch are on the medium and agree that it is free;
+   before a blob goes, the absence of every generation that named it is on the medium.
 
 The layout on disk is in docs/store.md.
 """
@@ -16,24 +17,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 
 from edge_runtime.clock import Clock
-from edge_runtime.errors import (
-    ConflictError,
-    EdgeError,
-    NotFoundError,
-    StorageError,
-    TooLargeError,
-)
-from edge_runtime.files import TEMPORARY_PREFIX, Files, discard, temporary, write_atomic
-from edge_runtime.store import generations, records
-from edge_runtime.store.blobs import Advance, Blobs
+from edge_runtime.errors import ConflictError, NotFoundError, StorageError, TooLargeError
+from edge_runtime.files import Files, discard, temporary, write_atomic
+from edge_runtime.store import generations, records, recovery
+from edge_runtime.store.blobs import Advance
+from edge_runtime.store.disk import Disk, Survey
 from edge_runtime.store.generations import BlobRef, Generation, Switch
+from edge_runtime.store.recovery import Recovery
 
 # A manifest is text for people and programs; goldens and artifacts are blobs.
 MANIFEST_SIZE_MAX = 16 * 1024 * 1024
@@ -42,10 +39,6 @@ MANIFEST_SIZE_MAX = 16 * 1024 * 1024
 # by models can still roll back.
 RESERVE_BYTES = 1024 * 1024
 _BLOCK_BYTES = 4096  # what a file may waste at its end
-
-SLOTS = ("switch.a", "switch.b")
-
-_Record = TypeVar("_Record", bound=msgspec.Struct)
 
 # Told (bytes done, bytes in all).
 Progress = Callable[[int, int], None]
@@ -57,15 +50,6 @@ class BlobSource(NamedTuple):
     sha256: str
     size_bytes: int
     chunks: Iterable[bytes]
-
-
-class Recovery(msgspec.Struct, frozen=True):
-    """What `Store.open` found and did; every entry is a sentence or a path, for the log."""
-
-    removed: tuple[str, ...] = ()  # leftovers of interrupted work
-    repaired: tuple[str, ...] = ()  # switch slots written again from the other one
-    damaged: tuple[str, ...] = ()  # records that no interruption explains: the medium or a hand
-    problems: tuple[str, ...] = ()  # what could not be read, removed or repaired; open goes on
 
 
 class Freed(msgspec.Struct, frozen=True):
@@ -112,12 +96,9 @@ class Store:
     def __init__(
         self, root: Path, files: Files, clock: Clock, byte_budget: int | None = None
     ) -> None:
-        self._root = root
-        self._files = files
+        self._directory = Disk(files, root)
         self._clock = clock
         self._byte_budget = byte_budget
-        self._models = root / "models"
-        self._blobs = Blobs(files, root / "blobs")
         self._unlock: Callable[[], None] | None = None
         self._installs = self._switches = self._written_bytes = self._freed_bytes = 0
 
@@ -134,19 +115,20 @@ class Store:
             StorageError: the layout is not there and cannot be made.
         """
         assert self._unlock is None, "the store is open"
-        self._make_directory(self._root)
+        disk = self._directory
+        disk.make_directory(disk.root)
         try:
-            self._unlock = self._files.lock(self._root / "lock")
+            self._unlock = disk.files.lock(disk.root / "lock")
         except ConflictError as e:
             raise ConflictError(
                 "another daemon uses this state directory",
-                where=str(self._root),
+                where=str(disk.root),
                 remedy="stop it, or give this one another --state-dir",
             ) from e
         try:
-            self._make_directory(self._models)
-            self._make_directory(self._blobs.directory)
-            return self._recover()
+            disk.make_directory(disk.models)
+            disk.make_directory(disk.blobs.directory)
+            return recovery.recover(disk)
         except BaseException:
             self.close()
             raise
@@ -156,56 +138,6 @@ class Store:
         if self._unlock is not None:
             self._unlock()
             self._unlock = None
-
-    def _recover(self) -> Recovery:
-        notes = _Notes()
-        self._clear(self._blobs.directory, notes)
-        for name in self._files.names(self._models):
-            if generations.NAME.fullmatch(name):
-                with notes.going_on(self._models / name):
-                    self._recover_model(name, notes)
-            else:
-                notes.problems.append(f"{self._models / name}: not a model's directory; ignored")
-        return notes.recovery()
-
-    def _recover_model(self, name: str, notes: _Notes) -> None:
-        self._clear(self._model(name), notes)
-        slots = self._slots(name)
-        notes.damaged += [
-            f"{self._model(name) / slot}: torn or altered"
-            for slot, switch in slots.items()
-            if switch is None and self._files.entry(self._model(name) / slot) is not None
-        ]
-        switch = generations.winner(*slots.values())
-        if switch is not None and len(set(slots.values())) > 1:
-            with notes.going_on(self._model(name)):
-                self._write_switch(switch)
-                notes.repaired.append(name)
-        if self._files.entry(self._generations(name)) is None:
-            return
-        self._clear(self._generations(name), notes)
-        for number in self._numbers(name):
-            with notes.going_on(self._generation(name, number)):
-                if self._read_generation(name, number) is None:
-                    self._recover_generation(name, number, switch, notes)
-
-    def _recover_generation(
-        self, name: str, number: int, switch: Switch | None, notes: _Notes
-    ) -> None:
-        """Without a good record it is of no use, and stays only when the switch names it."""
-        path = self._generation(name, number)
-        if switch is not None and generations.is_protected(switch, number):
-            notes.damaged.append(f"{path}: its record is torn or altered; install it again")
-            return
-        self._unpublish(name, number)
-        notes.removed.append(str(path))
-
-    def _clear(self, directory: Path, notes: _Notes) -> None:
-        for name in self._files.names(directory):
-            if name.startswith(TEMPORARY_PREFIX):
-                with notes.going_on(directory / name):
-                    self._remove_tree(directory / name)
-                    notes.removed.append(str(directory / name))
 
     # -- installing
 
@@ -239,15 +171,15 @@ class Store:
         advance = _Meter(sum(blob.size_bytes for blob in generation.blobs), progress)
         missing = self._missing(generation, advance)
         self._check_room(generation, missing)
-        self._make_directory(self._generations(name))
-        added = [b.sha256 for b in missing if self._files.entry(self._blobs.path(b.sha256)) is None]
+        self._disk.make_directory(self._disk.generations(name))
+        added = [blob for blob in missing if self._disk.blobs.size_bytes(blob.sha256) is None]
         try:
             self._add_blobs(missing, sources, advance)
             self._publish(generation, manifest)
         except BaseException:
             self._withdraw(generation, added)
             raise
-        self._sync_chain(name)
+        self._disk.sync_chain(name)
         self._installs += 1
         return generation
 
@@ -257,52 +189,46 @@ class Store:
         """The generation that this install makes, or the one that it repeats."""
         generations.check_name(name)
         generations.check_version(version)
-        if len(manifest) > MANIFEST_SIZE_MAX:
-            raise TooLargeError(
-                f"manifest of {len(manifest)} bytes",
-                where=f"{name}@{version}",
-                expected=f"at most {MANIFEST_SIZE_MAX} bytes",
-            )
+        _check_size("manifest", len(manifest), MANIFEST_SIZE_MAX)
         refs = generations.blob_refs((source.sha256, source.size_bytes) for source in sources)
         digest = hashlib.sha256(manifest).hexdigest()
-        every = self._all_generations()
-        own = [generation for generation in every if generation.name == name]
-        known = generations.installed(own, name, version, digest)
+        numbers = self._disk.numbers(name)
+        own = [self._disk.read_generation(name, number) for number in numbers]
+        known = generations.installed(filter(None, own), name, version, digest)
         if known is not None:
             return known
         generation = Generation(
             name=name,
-            number=generations.next_number(self._switch(name), self._numbers(name)),
+            number=generations.next_number(self._disk.switch(name), numbers),
             version=version,
             manifest_sha256=digest,
             manifest_size_bytes=len(manifest),
             blobs=refs,
             installed_wall_s=self._clock.wall_s(),
-            order=max((other.order for other in every), default=0) + 1,
+            order=generations.next_order(self._disk.survey().generations),
         )
-        if len(records.encode(generation)) > records.RECORD_SIZE_MAX:
-            raise TooLargeError(f"{len(refs)} blobs are too many", where=f"{name}@{version}")
+        _check_size("list of blobs", len(records.encode(generation)), records.RECORD_SIZE_MAX)
         return generation
 
     def _missing(self, generation: Generation, advance: Advance) -> list[BlobRef]:
         """The blobs that are not there or not intact; those that are count as progress."""
         missing = []
         for blob in generation.blobs:
-            if self._blobs.is_intact(blob):
+            if self._disk.blobs.is_intact(blob):
                 advance(blob.size_bytes)
             else:
                 missing.append(blob)
         return missing
 
     def _check_room(self, generation: Generation, missing: list[BlobRef]) -> None:
-        free_bytes = self._files.free_bytes(self._root)
+        free_bytes = self._disk.files.free_bytes(self._disk.root)
         need_bytes = generation.manifest_size_bytes + RESERVE_BYTES
         need_bytes += sum(blob.size_bytes + _BLOCK_BYTES for blob in missing)
         if missing and free_bytes < need_bytes:
             raise StorageError(
                 f"{generation.name}@{generation.version} needs {need_bytes} bytes,"
                 f" {free_bytes} are free",
-                where=str(self._root),
+                where=str(self._disk.root),
                 remedy="remove versions that are not needed, or free space",
             )
 
@@ -311,32 +237,32 @@ class Store:
     ) -> None:
         chunks = {source.sha256: source.chunks for source in sources}
         for blob in missing:
-            self._blobs.add(blob, chunks[blob.sha256], advance)
+            self._disk.blobs.add(blob, chunks[blob.sha256], advance)
             self._written_bytes += blob.size_bytes
-        self._blobs.sync()
+        self._disk.blobs.sync()
 
     def _publish(self, generation: Generation, manifest: bytes) -> None:
         """Make the generation's directory appear, whole and durable; repair it when it is there."""
-        target = self._generation(generation.name, generation.number)
-        if self._files.entry(target) is not None:
+        target = self._disk.generation(generation.name, generation.number)
+        if self._disk.files.entry(target) is not None:
             if not self._has_manifest(generation):
-                write_atomic(self._files, target / "model.yaml", manifest)
+                write_atomic(self._disk.files, target / "model.yaml", manifest)
             return
         prepared = temporary(target)
-        self._remove_tree(prepared)
-        self._files.mkdir(prepared)
-        write_atomic(self._files, prepared / "model.yaml", manifest)
-        write_atomic(self._files, prepared / "record", records.encode(generation))
-        self._files.rename(prepared, target)
+        self._disk.remove_tree(prepared)
+        self._disk.files.mkdir(prepared)
+        write_atomic(self._disk.files, prepared / "model.yaml", manifest)
+        write_atomic(self._disk.files, prepared / "record", records.encode(generation))
+        self._disk.files.rename(prepared, target)
 
-    def _withdraw(self, generation: Generation, added: list[str]) -> None:
+    def _withdraw(self, generation: Generation, added: list[BlobRef]) -> None:
         """Take back what a failed install wrote, as far as the disk lets us."""
-        target = self._generation(generation.name, generation.number)
+        target = self._disk.generation(generation.name, generation.number)
         with contextlib.suppress(StorageError, NotFoundError):
-            if self._files.entry(target) is None:
-                self._remove_tree(temporary(target))
-                for sha256 in added:
-                    discard(self._files, self._blobs.path(sha256))
+            if self._disk.files.entry(target) is None:
+                self._disk.remove_tree(temporary(target))
+                for blob in added:
+                    discard(self._disk.files, self._disk.blobs.path(blob.sha256))
 
     # -- switching
 
@@ -352,7 +278,7 @@ class Store:
             StorageError: it is damaged, or a step failed.
         """
         self._require_complete(self.generation(name, generation))
-        switch = self._switch(name)
+        switch = self._disk.switch(name)
         now_s = self._clock.wall_s()
         return self._commit(generations.activated(switch, generation, now_s, reason))
 
@@ -382,39 +308,22 @@ class Store:
 
     def _require_complete(self, generation: Generation) -> None:
         """Everything is there with its size; hashing it all is what `verify` is for."""
-        if not self._has_manifest(generation):
-            raise StorageError(
-                "manifest is missing or altered",
-                where=str(self._manifest(generation)),
-                remedy="install the bundle again to repair it",
-            )
+        self.read_manifest(generation)
         for blob in generation.blobs:
-            self._blobs.require(blob)
+            self._disk.blobs.require(blob)
 
     def _commit(self, switch: Switch) -> Switch:
-        self._sync_chain(switch.name)
-        if set(self._slots(switch.name).values()) != {switch}:
-            self._write_switch(switch)
+        self._disk.sync_chain(switch.name)
+        if set(self._disk.slots(switch.name).values()) != {switch}:
+            self._disk.write_switch(switch)
             self._switches += 1
         return switch
-
-    def _write_switch(self, switch: Switch) -> None:
-        """Both slots, the one that does not count first: its rename is the switch.
-
-        The second is the copy that makes the loss of either harmless.
-        """
-        slots = self._slots(switch.name)
-        newest = generations.winner(*slots.values())
-        data = records.encode(switch)
-        for slot in sorted(SLOTS, key=lambda slot: slots[slot] == newest):
-            if slots[slot] != switch:
-                write_atomic(self._files, self._model(switch.name) / slot, data)
 
     # -- asking
 
     def models(self) -> tuple[str, ...]:
         """The names of all models with a generation, sorted."""
-        return tuple(name for name in self._names() if self._numbers(name))
+        return tuple(name for name in self._disk.names() if self._disk.numbers(name))
 
     def current(self, name: str) -> Switch:
         """What serves; `active` is None for a model that never was activated or is unloaded.
@@ -423,14 +332,13 @@ class Store:
             NotFoundError: no such model.
             StorageError: the record is another version's.
         """
-        if not self._numbers(generations.check_name(name)):
+        if not self._disk.numbers(generations.check_name(name)):
             raise NotFoundError(f"no model {name!r} is installed", remedy="install a bundle of it")
-        return self._switch(name)
+        return self._disk.switch(name)
 
     def generations(self, name: str) -> tuple[Generation, ...]:
         """The intact generations of a model, by number; empty for an unknown model."""
-        loaded = (self._load(name, number) for number in self._numbers(name))
-        return tuple(generation for generation in loaded if generation is not None)
+        return self._disk.loaded(name)
 
     def generation(self, name: str, number: int) -> Generation:
         """One generation by its number.
@@ -439,13 +347,13 @@ class Store:
             NotFoundError: it is not installed.
             StorageError: it is, and its record is damaged.
         """
-        if number not in self._numbers(generations.check_name(name)):
+        if number not in self._disk.numbers(generations.check_name(name)):
             raise NotFoundError(f"no generation {number}", where=name)
-        generation = self._read_generation(name, number)
+        generation = self._disk.read_generation(name, number)
         if generation is None:
             raise StorageError(
                 "the generation's record is torn or altered",
-                where=str(self._generation(name, number)),
+                where=str(self._disk.generation(name, number)),
                 remedy="install the bundle again",
             )
         return generation
@@ -469,9 +377,9 @@ class Store:
         Raises:
             StorageError: missing, altered or unreadable.
         """
-        path = self._manifest(generation)
+        path = self._disk.manifest(generation)
         try:
-            manifest = self._files.read(path, MANIFEST_SIZE_MAX)
+            manifest = self._disk.files.read(path, MANIFEST_SIZE_MAX)
         except NotFoundError as e:
             raise StorageError("manifest is missing", where=str(path)) from e
         if hashlib.sha256(manifest).hexdigest() != generation.manifest_sha256:
@@ -489,11 +397,12 @@ class Store:
             NotFoundError: there is no such blob.
             StorageError: it has another size than `size_bytes`.
         """
-        path = self._blobs.path(sha256)
-        entry = self._files.entry(path)
-        if entry is None:
-            raise NotFoundError("no such blob", where=str(path), remedy="install the bundle again")
-        return path if size_bytes is None else self._blobs.require(BlobRef(sha256, size_bytes))
+        found = self._disk.blobs.size_bytes(sha256)
+        if found is None:
+            raise NotFoundError("no such blob", where=sha256, remedy="install the bundle again")
+        return self._disk.blobs.require(
+            BlobRef(sha256, found if size_bytes is None else size_bytes)
+        )
 
     def verify(self, name: str, version: int, progress: Progress | None = None) -> Verification:
         """Hash a generation again, from disk.
@@ -506,7 +415,7 @@ class Store:
         damaged = [] if self._has_manifest(generation) else ["model.yaml: missing or altered"]
         for blob in generation.blobs:
             try:
-                if not self._blobs.is_intact(blob, advance):
+                if not self._disk.blobs.is_intact(blob, advance):
                     damaged.append(f"blob {blob.sha256}: missing or altered")
             except StorageError as e:
                 damaged.append(str(e))
@@ -514,12 +423,12 @@ class Store:
 
     def statistics(self) -> StoreStatistics:
         """Sizes are read from disk: some milliseconds."""
-        known = self._all_generations()
+        known = self._disk.survey().generations
         return StoreStatistics(
             models=len({generation.name for generation in known}),
             generations=len(known),
             used_bytes=generations.used_bytes(known),
-            free_bytes=self._files.free_bytes(self._root),
+            free_bytes=self._disk.files.free_bytes(self._disk.root),
             byte_budget=self._byte_budget,
             installs=self._installs,
             switches=self._switches,
@@ -530,7 +439,7 @@ class Store:
     # -- removing
 
     def remove(self, name: str, version: int) -> Freed:
-        """Remove a version and the blobs that no other one names.
+        """Remove a version, and every blob that nothing names.
 
         Raises:
             NotFoundError: it is not installed.
@@ -538,12 +447,13 @@ class Store:
             StorageError: a step failed.
         """
         generation = self.find(name, version)
-        generations.check_removable(self._switch(name), generation)
-        own = {blob.sha256 for blob in generation.blobs}
-        return self._drop((generation,), only=own)
+        generations.check_removable(self._disk.switch(name), generation)
+        return self._drop(self._disk.survey(), (generation,))
 
     def collect_garbage(self, byte_budget: int | None = None) -> Freed:
-        """Drop what the budget has no room for, oldest first, and blobs that nothing names.
+        """Drop what the budget has no room for, oldest first, then blobs that nothing names.
+
+        Also what failed calls could not clear away.
 
         The active and previous generations of all models stay, whatever the budget.
 
@@ -553,109 +463,56 @@ class Store:
         Raises:
             StorageError: a step failed; what was dropped until then stays dropped.
         """
+        for leftover in self._disk.leftovers():
+            self._disk.remove_tree(leftover)
+        survey = self._disk.survey()
+        # Needs no room, so that a full disk can be relieved; dropping a generation may need some.
+        stray = self._drop_blobs(survey)
         budget = self._byte_budget if byte_budget is None else byte_budget
-        switches = {name: self._switch(name) for name in self._names()}
-        return self._drop(generations.garbage(self._all_generations(), switches, budget))
+        switches = {name: self._disk.switch(name) for name in self._disk.names()}
+        freed = self._drop(survey, generations.garbage(survey.generations, switches, budget))
+        return msgspec.structs.replace(
+            freed, size_bytes=freed.size_bytes + stray.size_bytes, blobs=stray.blobs + freed.blobs
+        )
 
-    def _drop(self, doomed: tuple[Generation, ...], only: set[str] | None = None) -> Freed:
-        """Remove generations, then blobs without a name (`only`: none but these)."""
+    def _drop(self, survey: Survey, doomed: tuple[Generation, ...]) -> Freed:
+        """Remove generations and the blobs that nothing names then."""
         for name in {generation.name for generation in doomed}:
-            self._sync_chain(name)
-            remembering = generations.remembering(self._switch(name), self._numbers(name))
-            self._write_switch(remembering)
+            going = [generation.number for generation in doomed if generation.name == name]
+            self._disk.sync_chain(name)
+            switch = self._disk.switch(name)
+            numbers = self._disk.numbers(name)
+            self._disk.write_switch(generations.remembering(switch, numbers, going))
         for generation in doomed:
-            self._unpublish(generation.name, generation.number)
-        freed = sum(generation.manifest_size_bytes for generation in doomed)
-        blobs: list[str] = []
-        held_back = self._unreadable()
-        if not held_back:
-            present = self._blobs.present()
-            free = generations.unreferenced(present, self._all_generations())
-            blobs += (sha256 for sha256 in free if only is None or sha256 in only)
-            freed += sum(self._blobs.drop(sha256) for sha256 in blobs)
-            self._blobs.sync()
-        self._freed_bytes += freed
-        return Freed(freed, doomed, tuple(blobs), held_back)
+            self._disk.unpublish(generation.name, generation.number)
+        kept = tuple(each for each in survey.generations if each not in doomed)
+        freed = self._drop_blobs(survey._replace(generations=kept))
+        size_bytes = sum(generation.manifest_size_bytes for generation in doomed)
+        self._freed_bytes += size_bytes
+        return msgspec.structs.replace(
+            freed, size_bytes=freed.size_bytes + size_bytes, generations=doomed
+        )
 
-    def _unreadable(self) -> str:
-        """Why it is not known which blobs are needed; empty when it is."""
-        for name in self._names():
-            for number in self._numbers(name):
-                if self._load(name, number) is None:
-                    return f"{self._generation(name, number)} is damaged: its blobs are not known"
-        return ""
+    def _drop_blobs(self, survey: Survey) -> Freed:
+        """Remove the blobs that nothing names."""
+        if survey.unreadable:
+            damaged = ", ".join(str(path) for path in survey.unreadable)
+            return Freed(held_back=f"blobs stay: which ones these need is not known: {damaged}")
+        blobs = generations.unreferenced(self._disk.blobs.present(), survey.generations)
+        if not blobs:
+            return Freed()
+        for name in self._disk.names():
+            if self._disk.numbers(name):
+                self._disk.files.sync_directory(self._disk.generations(name))
+        size_bytes = sum(self._disk.blobs.drop(sha256) for sha256 in blobs)
+        self._disk.blobs.sync()
+        self._freed_bytes += size_bytes
+        return Freed(size_bytes, blobs=blobs)
 
-    def _unpublish(self, name: str, number: int) -> None:
-        """Make the generation's directory vanish at once and for good, then take it apart."""
-        path = self._generation(name, number)
-        doomed = temporary(path)
-        self._remove_tree(doomed)
-        self._files.rename(path, doomed)
-        self._files.sync_directory(path.parent)
-        self._remove_tree(doomed)
-
-    # -- the disk
-
-    def _model(self, name: str) -> Path:
-        return self._models / generations.check_name(name)
-
-    def _generations(self, name: str) -> Path:
-        return self._model(name) / "generations"
-
-    def _generation(self, name: str, number: int) -> Path:
-        return self._generations(name) / f"{number:06d}"
-
-    def _manifest(self, generation: Generation) -> Path:
-        return self._generation(generation.name, generation.number) / "model.yaml"
-
-    def _names(self) -> list[str]:
+    @property
+    def _disk(self) -> Disk:
         assert self._unlock is not None, "the store is not open"
-        names = [n for n in self._files.names(self._models) if generations.NAME.fullmatch(n)]
-        entries = {name: self._files.entry(self._models / name) for name in names}
-        return [name for name, entry in entries.items() if entry and entry.is_directory]
-
-    def _numbers(self, name: str) -> list[int]:
-        """The numbers of all generations of a model, also of damaged ones."""
-        assert self._unlock is not None, "the store is not open"
-        try:
-            names = self._files.names(self._generations(name))
-        except NotFoundError:
-            return []
-        return sorted(int(n) for n in names if generations.NUMBER.fullmatch(n))
-
-    def _load(self, name: str, number: int) -> Generation | None:
-        """The generation, or None when it cannot be had, for whatever reason."""
-        try:
-            return self._read_generation(name, number)
-        except StorageError:
-            return None  # `open` reported it; one bad record must not hide the others
-
-    def _read_generation(self, name: str, number: int) -> Generation | None:
-        """The generation, or None when its record is missing, torn, altered or of another one."""
-        path = self._generation(name, number) / "record"
-        generation = self._read_record(path, Generation)
-        if generation is None or (generation.name, generation.number) != (name, number):
-            return None
-        return generation
-
-    def _all_generations(self) -> list[Generation]:
-        return [generation for name in self._names() for generation in self.generations(name)]
-
-    def _slots(self, name: str) -> dict[str, Switch | None]:
-        """The switch record in each slot; None for a slot that is missing, torn or another's."""
-        slots = {s: self._read_record(self._model(name) / s, Switch) for s in SLOTS}
-        return {
-            s: switch if switch and switch.name == name else None for s, switch in slots.items()
-        }
-
-    def _switch(self, name: str) -> Switch:
-        return generations.winner(*self._slots(name).values()) or Switch(name)
-
-    def _read_record(self, path: Path, kind: type[_Record]) -> _Record | None:
-        try:
-            return records.decode(self._files.read(path, records.RECORD_SIZE_MAX), kind)
-        except NotFoundError:
-            return None
+        return self._directory
 
     def _has_manifest(self, generation: Generation) -> bool:
         try:
@@ -664,31 +521,12 @@ class Store:
             return False
         return True
 
-    def _make_directory(self, path: Path) -> None:
-        if self._files.entry(path) is None:
-            self._make_directory(path.parent)
-            self._files.mkdir(path)
-            self._files.sync_directory(path.parent)
 
-    def _sync_chain(self, name: str) -> None:
-        """Every name from the root to a model's generations is on the medium.
-
-        Also names that an earlier call made and was interrupted before it could sync them.
-        """
-        self._blobs.sync()
-        for path in (self._generations(name), self._model(name), self._models, self._root):
-            self._files.sync_directory(path)
-
-    def _remove_tree(self, path: Path) -> None:
-        entry = self._files.entry(path)
-        if entry is None:
-            return
-        if not entry.is_directory:
-            self._files.unlink(path)
-            return
-        for name in self._files.names(path):
-            self._remove_tree(path / name)
-        self._files.rmdir(path)
+def _check_size(what: str, size_bytes: int, size_max: int) -> None:
+    if size_bytes > size_max:
+        raise TooLargeError(
+            f"{what} takes {size_bytes} bytes", expected=f"at most {size_max} bytes"
+        )
 
 
 class _Meter:
@@ -703,26 +541,3 @@ class _Meter:
         self._done_bytes += size_bytes
         if self._progress is not None:
             self._progress(self._done_bytes, self._total_bytes)
-
-
-class _Notes:
-    """A Recovery in the making."""
-
-    def __init__(self) -> None:
-        self.removed: list[str] = []
-        self.repaired: list[str] = []
-        self.damaged: list[str] = []
-        self.problems: list[str] = []
-
-    @contextlib.contextmanager
-    def going_on(self, path: Path) -> Iterator[None]:
-        """One bad model, or a disk that cannot be written, must not keep the rest from serving."""
-        try:
-            yield
-        except EdgeError as e:
-            self.problems.append(f"{path}: {e}")
-
-    def recovery(self) -> Recovery:
-        return Recovery(
-            tuple(self.removed), tuple(self.repaired), tuple(self.damaged), tuple(self.problems)
-        )

@@ -32,8 +32,8 @@ class BlobRef(msgspec.Struct, frozen=True):
 class Generation(msgspec.Struct, frozen=True, tag_field="record", tag="generation-1"):
     """An installed version of a model.
 
-    `number` counts the installs of this model, `order` those of the whole store; neither is given
-    out twice while the store remembers the model.
+    `number` counts the installs of this model and is never given out twice; `order` tells which of
+    two installed generations of any models came first.
     """
 
     name: str
@@ -132,6 +132,11 @@ def next_number(switch: Switch, numbers: Iterable[int]) -> int:
     return max((switch.generation_last, *numbers)) + 1
 
 
+def next_order(known: Iterable[Generation]) -> int:
+    """The place of the next install among those of all models."""
+    return max((generation.order for generation in known), default=0) + 1
+
+
 def winner(first: Switch | None, second: Switch | None) -> Switch | None:
     """The record that counts, of two slots of which torn ones are None: the newest whole one."""
     whole = [slot for slot in (first, second) if slot is not None]
@@ -186,10 +191,19 @@ def _changed(
     )
 
 
-def remembering(switch: Switch, numbers: Iterable[int]) -> Switch:
-    """The switch that remembers these numbers as given out; the same one when it does already."""
-    last = max((switch.generation_last, *numbers))
-    if last == switch.generation_last:
+def remembering(switch: Switch, numbers: Iterable[int], going: Iterable[int]) -> Switch:
+    """The switch that must be on disk before generations go: their numbers are not given out again.
+
+    Numbers below one that stays need no remembering: a full disk can be relieved without a write.
+
+    Args:
+        numbers: of all generations of the model.
+        going: those to be removed.
+    """
+    gone = frozenset(going)
+    staying = max((number for number in numbers if number not in gone), default=0)
+    last = max((switch.generation_last, *gone))
+    if last <= max(switch.generation_last, staying):
         return switch
     return msgspec.structs.replace(switch, generation_last=last, sequence=switch.sequence + 1)
 
