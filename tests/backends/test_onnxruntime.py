@@ -238,6 +238,10 @@ class TestOptions:
 
 
 class TestPlacement:
+    @pytest.mark.skipif(
+        not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"),
+        reason="this onnxruntime cannot tell where nodes were placed",
+    )
     def test_it_counts_the_nodes_of_each_provider(self, tmp_path: Path):
         model = load(contract.onnx_pair(tmp_path))
         assert [(p.device, p.detail, p.nodes) for p in model.placement] == [("CPU", door.CPU, 2)]
