@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 from edge_runtime import systemd
@@ -23,6 +24,7 @@ from edge_runtime import systemd
 CHECKOUT = Path(__file__).resolve().parents[2]
 INSIDE = Path(__file__).with_name("inside")
 BOOT_TIME_MAX_S = 120  # far beyond the 20 s that it takes; then it is killed
+REMOVE_TRIES = 100  # 50 ms apart
 
 INTERPRETER = Path(sys.base_prefix)
 # A directory below /root or /home is out of reach for a hardened service, so it shows up elsewhere.
@@ -170,7 +172,17 @@ def _enter(groups: list[Path]) -> None:
 
 
 def _remove(groups: list[Path]) -> None:
-    """The groups and what the container made below them, deepest first."""
+    """The groups and what the container made below them, deepest first.
+
+    The kernel empties a group a moment after the last process in it has been waited for.
+    """
     for group in groups:
         for directory, _, _ in os.walk(group, topdown=False):
-            Path(directory).rmdir()
+            for left in reversed(range(REMOVE_TRIES)):
+                try:
+                    Path(directory).rmdir()
+                    break
+                except OSError:
+                    if not left:
+                        raise
+                    time.sleep(0.05)
