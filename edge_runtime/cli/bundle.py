@@ -1,0 +1,314 @@
+"""Commands for bundles: create, inspect, lint, extract, pack. They need no daemon.
+
+Law of this file: arguments in, one call of `edge_runtime.bundle`, its answer as text or JSON. Only
+`create` loads a backend, and with it numpy; the others read files.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_runtime.cli import arguments as args
+from edge_runtime.cli import output
+from edge_runtime.errors import BundleError, NotFoundError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from edge_runtime.bundle.create import Load, Options
+    from edge_runtime.bundle.lint import Finding
+    from edge_runtime.bundle.manifest import Postprocess, Preprocess
+
+GOLDENS_MAX = 1000  # each is a run at every load of the model, and files in the bundle
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `bundle` with its own commands."""
+    parser = subparsers.add_parser("bundle", help="create, inspect, lint or extract a bundle")
+    commands = parser.add_subparsers(dest="bundle_command", metavar="COMMAND", required=True)
+    _add_create(commands)
+    inspect = commands.add_parser("inspect", help="show what a bundle holds")
+    inspect.add_argument("bundle", metavar="BUNDLE", type=Path)
+    inspect.set_defaults(handler=_inspect)
+    lint = commands.add_parser("lint", help="check a bundle or a model file")
+    lint.add_argument("path", metavar="BUNDLE|MODEL", type=Path)
+    lint.set_defaults(handler=_lint)
+    extract = commands.add_parser("extract", help="write a bundle as a directory")
+    extract.add_argument("bundle", metavar="BUNDLE", type=Path)
+    extract.add_argument("directory", metavar="DIR", type=Path)
+    extract.set_defaults(handler=_extract)
+    pack = commands.add_parser("pack", help="write a directory as a bundle")
+    pack.add_argument("directory", metavar="DIR", type=Path)
+    pack.add_argument("-o", "--out", metavar="FILE", type=Path, required=True)
+    pack.set_defaults(handler=_pack)
+    for command in commands.choices.values():
+        args.add_global(command)
+
+
+def _add_create(commands: Any) -> None:
+    create = commands.add_parser(
+        "create",
+        help="make a bundle of model files",
+        description="Several models become variants of one; the first one's answers count.",
+    )
+    add = create.add_argument
+    add("models", metavar="MODEL", type=Path, nargs="+")
+    add("--name", required=True, help="the model's name: a-z 0-9 . _ -")
+    add("--version", type=args.count, default=1, metavar="N", help="a counter (default 1)")
+    add("--label", default="", help="the version for people: 1.4.2")
+    add("--goldens", type=_goldens, default=3, metavar="N", help="recorded answers (default 3)")
+    add("--samples", type=Path, metavar="FILE", help="real inputs for the goldens: .npz or .npy")
+    add("--shape", action="append", default=[], metavar="INPUT=1,3,64,64", help="fix free sizes")
+    add("--seed", type=_goldens, default=0, metavar="S", help="of generated inputs (default 0)")
+    add("--labels", type=Path, metavar="FILE", help="names of the output's values, one a line")
+    add("--activation", default="none", choices=("none", "softmax", "sigmoid"))
+    add("--top-k", type=args.count, default=3, metavar="K")
+    add(
+        "--preprocess",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="how an image becomes the input: color layout resize width height pixel_scale mean "
+        "std input; mean=0.485,0.456,0.406 gives one value for each channel",
+    )
+    add("-o", "--out", metavar="FILE", type=Path, required=True)
+    create.set_defaults(handler=_create)
+
+
+def _goldens(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UsageError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+# --- create --------------------------------------------------------------------------------------
+
+
+def _create(arguments: argparse.Namespace) -> int:
+    from edge_runtime.bundle import create
+    from edge_runtime.cli.progress import Progress
+
+    options = _options(arguments)
+    progress = Progress(sys.stderr, quiet=arguments.json)
+    load = _backend_loader() if options.goldens else None
+    try:
+        made = create.create(arguments.models, options, arguments.out, load, progress.update)
+    finally:
+        progress.close()
+    reply = {"out": str(arguments.out), "sha256": made.sha256, "notes": list(made.notes)}
+    if arguments.json:
+        output.print_json({**reply, **_described(arguments.out)})
+        return 0
+    print(_described_text(_described(arguments.out)))
+    for note in made.notes:
+        print(f"note: {output.printable(note)}")
+    print(f"wrote {arguments.out}, sha256 {made.sha256}")
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    from edge_runtime.bundle.create import Options
+
+    if arguments.goldens > GOLDENS_MAX:
+        raise UsageError(f"--goldens {arguments.goldens}", expected=f"at most {GOLDENS_MAX}")
+    return Options(
+        name=arguments.name,
+        version=arguments.version,
+        label=arguments.label,
+        goldens=arguments.goldens,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        shapes=dict(_shape(text) for text in arguments.shape),
+        preprocess=_preprocess(arguments.preprocess),
+        postprocess=_postprocess(arguments),
+    )
+
+
+def _backend_loader() -> Load:
+    """Loads an artifact in this process: the builder's own models, linted."""
+    from edge_runtime import backends
+
+    return lambda variant, path: backends.backend(variant.backend).load(path, variant.options).run
+
+
+def _shape(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, sizes = text.rpartition("=")
+    parts = sizes.split(",")
+    if not name or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise UsageError(f"{text!r} is no shape", where="--shape", expected="input=1,3,64,64")
+    return name, tuple(int(part) for part in parts)
+
+
+def _preprocess(words: list[str] | None) -> Preprocess | None:
+    """`key=value` words as a Preprocess; numbers as text become numbers, commas make lists."""
+    import difflib
+
+    import msgspec
+
+    from edge_runtime.bundle.manifest import Preprocess
+
+    if words is None:
+        return None
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in Preprocess.__struct_fields__:
+            near = difflib.get_close_matches(key, Preprocess.__struct_fields__, n=1)
+            raise UsageError(
+                f"{word!r} is no KEY=VALUE of pre-processing",
+                where="--preprocess",
+                expected="one of " + ", ".join(Preprocess.__struct_fields__),
+                remedy=f"did you mean {near[0]!r}?" if near else "",
+            )
+        values[key] = value.split(",") if key in ("mean", "std") else value
+    try:
+        return msgspec.convert(values, Preprocess, strict=False)
+    except msgspec.ValidationError as e:
+        raise UsageError(f"wrong value: {e}", where="--preprocess") from e
+
+
+def _postprocess(arguments: argparse.Namespace) -> Postprocess | None:
+    from edge_runtime.bundle.manifest import Postprocess
+
+    if arguments.labels is None and arguments.activation == "none":
+        return None
+    labels = _read_labels(arguments.labels) if arguments.labels else ()
+    return Postprocess(labels=labels, top_k=arguments.top_k, activation=arguments.activation)
+
+
+def _read_labels(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    except FileNotFoundError as e:
+        raise NotFoundError("no such file", where=str(path)) from e
+    except OSError as e:
+        raise StorageError(f"cannot be read: {e.strerror}", where=str(path)) from e
+    except UnicodeDecodeError as e:
+        raise UsageError("is not UTF-8 text", where=str(path), expected="one label a line") from e
+
+
+# --- the others ----------------------------------------------------------------------------------
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    described = _described(arguments.bundle)
+    if arguments.json:
+        output.print_json(described)
+    else:
+        print(_described_text(described))
+    return 0
+
+
+def _described(path: Path) -> dict[str, Any]:
+    from edge_runtime.bundle import archive
+    from edge_runtime.bundle.describe import describe
+
+    with archive.open_bundle(path) as bundle:
+        return describe(bundle)
+
+
+def _described_text(bundle: dict[str, Any]) -> str:
+    label = f" ({bundle['label']})" if bundle["label"] else ""
+    batch = "none" if bundle["batch_axis"] is None else bundle["batch_axis"]
+    head = [
+        f"{bundle['name']}@{bundle['version']}{label}",
+        f"{output.size(bundle['size_bytes'])} in {bundle['blobs']} blobs, "
+        f"{bundle['goldens']} goldens, batch axis {batch}",
+    ]
+    tensors = [
+        (group[:-1], spec["name"], spec["datatype"], str(spec["shape"]))
+        for group in ("inputs", "outputs")
+        for spec in bundle[group]
+    ]
+    variants = [
+        (
+            each["name"],
+            each["backend"],
+            each["precision"] or "-",
+            output.size(each["size_bytes"]),
+            f"{each['tolerance']['rtol']:g}/{each['tolerance']['atol']:g}",
+            each["filename"] or "-",
+        )
+        for each in bundle["variants"]
+    ]
+    width = output.terminal_columns(sys.stdout)
+    columns = ("VARIANT", "BACKEND", "PRECISION", ">SIZE", "RTOL/ATOL", "FILE")
+    return "\n".join(
+        [
+            *(output.printable(line) for line in head),
+            output.table(("TENSOR", "NAME", "DATATYPE", "SHAPE"), tensors, width),
+            output.table(columns, variants, width),
+        ]
+    )
+
+
+def _lint(arguments: argparse.Namespace) -> int:
+    """Exit code 0 without errors, 4 (that of a bad bundle) with."""
+    findings = _findings(arguments.path)
+    is_good = all(finding.severity != "error" for finding in findings)
+    if arguments.json:
+        output.print_json({"ok": is_good, "findings": findings})
+    else:
+        for finding in findings:
+            text = f"{finding.severity}: {finding.where}: {finding.message}"
+            print(output.printable(text + (f"; {finding.remedy}" if finding.remedy else "")))
+        print("ok" if is_good else "refused")
+    return 0 if is_good else BundleError.exit_code
+
+
+def _findings(path: Path) -> list[Finding]:
+    """Of a bundle (every byte is hashed), or of a single model file."""
+    from edge_runtime.bundle import archive, lint, source
+
+    if path.is_dir() or path.suffix == ".bundle":
+        with archive.open_bundle(path) as bundle:
+            bundle.verify()
+            return lint.lint(bundle.manifest, bundle.blob)
+    return list(lint.lint_artifact(source.from_path(path.resolve()), path.name).findings)
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    from edge_runtime.bundle import archive
+    from edge_runtime.cli.progress import Progress
+
+    progress = Progress(sys.stderr, quiet=arguments.json)
+    try:
+        with archive.open_bundle(arguments.bundle) as bundle:
+            archive.extract(
+                bundle,
+                arguments.directory,
+                lambda done, total: progress.update("extracting", done, total),
+            )
+            size_bytes = bundle.size_bytes
+    finally:
+        progress.close()
+    reply = {"directory": str(arguments.directory), "size_bytes": size_bytes}
+    text = f"extracted {output.size(size_bytes)} into {arguments.directory}"
+    return _answer(arguments, reply, text)
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from edge_runtime.bundle import archive
+    from edge_runtime.cli.progress import Progress
+
+    progress = Progress(sys.stderr, quiet=arguments.json)
+    try:
+        with archive.open_bundle(arguments.directory) as bundle:
+            sha256 = archive.pack(
+                bundle,
+                arguments.out,
+                lambda done, total: progress.update("packing", done, total),
+            )
+    finally:
+        progress.close()
+    reply = {"out": str(arguments.out), "sha256": sha256}
+    return _answer(arguments, reply, f"wrote {arguments.out}, sha256 {sha256}")
+
+
+def _answer(arguments: argparse.Namespace, reply: dict[str, Any], text: str) -> int:
+    if arguments.json:
+        output.print_json(reply)
+    else:
+        print(output.printable(text))
+    return 0
