@@ -8,6 +8,8 @@ little as it can, because every command pays for it: a command's module is impor
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     as_json = any(word == "--json" or word.startswith("--json=") for word in words)
     try:
+        _never_fail_to_encode()
         code = _run(words)
         sys.stdout.flush()
         return code
@@ -184,10 +187,13 @@ def _report(error: EdgeError, as_json: bool) -> int:
 
 # What a bare install leaves out: module -> the extra that brings it.
 _EXTRAS = {"numpy": "numpy", "PIL": "image"}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
 def _unexpected(error: Exception) -> EdgeError:
-    if isinstance(error, OSError) and _stdout_is_broken():
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        # Every door below turns its OSErrors into ours; what is left is our own printing.
+        _discard_stdout()
         return StorageError(f"the output cannot be written: {error.strerror}", where="stdout")
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
         return UsageError(
@@ -201,13 +207,11 @@ def _unexpected(error: Exception) -> EdgeError:
     )
 
 
-def _stdout_is_broken() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _discard_stdout()
-        return True
-    return False
+def _never_fail_to_encode() -> None:
+    """A terminal without UTF-8 gets an escape for `µ`, not an exception."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _discard_stdout() -> None:

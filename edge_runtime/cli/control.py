@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     Event = Mapping[str, Any]
 
+# Longest silence of the daemon during a command: the first compile of a model takes minutes.
+SILENCE_MAX_S = 600.0
+
 
 def call(
     arguments: argparse.Namespace,
@@ -33,5 +36,6 @@ def call(
     """
     from edge_runtime.client.control import ControlClient
 
-    client = ControlClient(arguments.run_dir / "control.sock")
-    return client.call(command, dict(payload or {}), fds=fds, on_event=on_event)
+    timeout_s = arguments.timeout_s or SILENCE_MAX_S
+    with ControlClient(arguments.run_dir / "control.sock", timeout_s=timeout_s) as client:
+        return client.call(command, payload, fds=fds, on_event=on_event)

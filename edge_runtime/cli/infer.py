@@ -46,7 +46,9 @@ def add_parser(subparsers: Any) -> None:
         "infer",
         description="Run a model. Without --image, --npy or --json FILE, shows what it takes.",
     )
-    parser.add_argument("name", metavar="NAME", help="the model, or NAME@VERSION")
+    parser.add_argument(
+        "target", metavar="NAME", type=_name_and_version, help="the model, or NAME@VERSION"
+    )
     source = parser.add_argument_group("what to run it on (one of)")
     source.add_argument("--image", nargs="+", type=Path, metavar="FILE", help="image files")
     source.add_argument("--npy", type=Path, metavar="FILE", help="a .npy array or .npz of inputs")
@@ -97,7 +99,7 @@ class _Session:
     """A client and the model that was named: runs it `--repeat` times and takes the time."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.name, self.version = _name_and_version(arguments.name)
+        self.name, self.version = arguments.target
         self._repeat = arguments.repeat
         self._timeout_s = arguments.timeout_s or TIMEOUT_S
         self._path = arguments.run_dir / "infer.sock"
@@ -112,7 +114,7 @@ class _Session:
         self._client.close()
 
     def metadata(self) -> Mapping[str, Any]:
-        return self._client.metadata(self.name)
+        return self._client.metadata(self.name, version=self.version)
 
     def run(self, inputs: Arrays, outputs: Sequence[str] | None = None) -> Timed:
         clock = SystemClock()

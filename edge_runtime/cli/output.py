@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TextIO
 
-COLUMN_WIDTH_MIN = 10  # a cut column still shows this much
+COLUMN_WIDTH_MIN = 6  # a cut column still shows this much
 
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout, indented for people, in the order it was built."""
-    text = msgspec.json.format(msgspec.json.encode(document), indent=2)
-    print(text.decode())
+    try:
+        text = msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
+    except UnicodeEncodeError:  # half a character: a file name or argument that is not UTF-8
+        import json
+
+        text = json.dumps(msgspec.to_builtins(document), indent=2)
+    print(text)
 
 
 def error_text(program: str, error: EdgeError) -> str:

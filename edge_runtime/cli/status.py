@@ -98,7 +98,7 @@ _MODELS = (
 )
 _TEMPLATES = ("TEMPLATE", ">PID", "VERSION", "STATE", ">RSS")
 _WORKERS: tuple[str, ...] = ("MODEL", ">VERSION", "VARIANT", "BACKEND", "STATE", ">PID")
-_WORKERS += (">RSS", ">PRIVATE", ">CONNECTIONS", ">REQUESTS", ">ERRORS", ">RESTARTS", ">UPTIME")
+_WORKERS += (">RSS", ">PRIVATE", ">CONN", ">REQUESTS", ">ERRORS", ">RESTARTS", ">UPTIME")
 
 
 def models_text(reply: Document, width: int | None) -> str:
@@ -125,7 +125,7 @@ def _model_row(model: Document) -> tuple[Any, ...]:
         model.get("state", "unknown"),
         active.get("version", "-"),
         active.get("label") or "-",
-        f"{variant} ({precision})" if precision else variant,
+        variant if not precision or precision in variant else f"{variant} ({precision})",
         active.get("backend", "-"),
         model.get("device") or "-",
         previous.get("version", "-"),

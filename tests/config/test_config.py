@@ -251,3 +251,19 @@ def test_importing_config_costs_neither_numpy_nor_yaml() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_documented_options_are_those_of_the_code() -> None:
+    from . import table
+
+    assert table.documented() == table.table(), "run `python -m tests.config.table`"
+
+
+def test_the_example_in_the_document_is_a_right_configuration(tmp_path: Path) -> None:
+    from . import table
+
+    example = table.DOCS.read_text().partition("```yaml\n")[2].partition("```")[0]
+    loaded = load_text(tmp_path, example)
+    assert loaded.worker("fashion-mnist").cpuset == "0-2"
+    assert loaded.worker("fashion-mnist").memory_bytes_max == 256 << 20
+    assert not loaded.access.infer.anyone
