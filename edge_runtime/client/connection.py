@@ -1,0 +1,407 @@
+"""One blocking connection to one model: send a request, wait for its answer.
+
+Law of this file: the only place of the blocking client that touches a socket. It never retries and
+never reconnects; one thread uses it at a time (the `Client`'s lock sees to it). `busy` after an
+exception means that an answer may still be on its way: the connection must then be closed.
+
+The hot path is `infer` for small tensors: the message of each kind of request (names, datatypes,
+shapes) is built once, with numpy views over its body, so that a call writes the tensors and sixteen
+bytes of prefix, sends once and receives once.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from edge_runtime import tensors
+from edge_runtime.client import codec
+from edge_runtime.client.codec import InferResult
+from edge_runtime.client.memory import Arena, Pool
+from edge_runtime.errors import (
+    ConnectionClosedError,
+    DeadlineError,
+    MalformedError,
+    RequestError,
+    TooLargeError,
+)
+from edge_runtime.wire import frames, messages, sockets
+from edge_runtime.wire.frames import PREFIX, PREFIX_SIZE, RESPONSE, Kind
+from edge_runtime.wire.reader import Frame, FrameReader, TooLarge
+from edge_runtime.wire.regions import REGION_SIZE_MAX
+
+if TYPE_CHECKING:
+    from edge_runtime.tensors import Array
+
+# Kinds of request (names, datatypes, shapes) remembered per connection; a client that varies more
+# than that pays some 10 us a call for a new header.
+PLANS_MAX = 64
+INBOX_SIZE = 64 * 1024  # answers up to this size arrive in one receive
+
+_ID_AND_TIME = struct.Struct("<QQ")  # at 16 in the prefix
+_INFERRED = Kind.INFER | RESPONSE
+
+Key = tuple[Any, ...]
+
+
+class _Message(NamedTuple):
+    """A whole INFER frame and a numpy view over each tensor in it."""
+
+    data: bytearray
+    views: tuple[tuple[str, Array], ...]
+
+
+class _Answer(NamedTuple):
+    """A response header, and numpy views over the inbox where its tensors arrive."""
+
+    model_version: str
+    body_size: int
+    views: tuple[tuple[str, Array], ...]
+
+
+class Flight(NamedTuple):
+    """A request that was sent and not yet answered."""
+
+    request_id: int
+    key: Key
+    draft: codec.Draft
+
+
+class Connection:
+    """See the module. `own` holds the client's `tensor()` arrays."""
+
+    def __init__(
+        self,
+        path: str,
+        model: str,
+        *,
+        timeout_s: float,
+        now_ns: Callable[[], int],
+        own: Pool,
+        shared_min_bytes: int,
+    ) -> None:
+        self._where = path
+        self._model = model
+        self._now_ns = now_ns
+        self._own = own
+        self._scratch: Pool | None = Pool()
+        self._shared_min_bytes = shared_min_bytes
+        self._numbers: dict[Arena, int] = {}
+        self._next_id = 0
+        self._messages: dict[Key, _Message] = {}
+        self._answers: dict[bytes, _Answer] = {}
+        self._rooms: dict[Key, dict[str, int]] = {}
+        self._understood: dict[bytes, codec.ResponsePlan] = {}
+        self._inbox = bytearray(INBOX_SIZE)
+        self._inbox_view = memoryview(self._inbox)
+        self._reader = FrameReader(body_size_max=REGION_SIZE_MAX)
+        self._open: set[int] = set()  # submitted, answer not yet taken
+        self._arrived: dict[int, Frame | TooLarge] = {}  # answers that came before their turn
+        self._timeout_s = timeout_s
+        self.busy = False
+        self._socket = sockets.connect_unix(path, timeout_s)
+
+    def close(self) -> None:
+        """Close; requests in flight are abandoned and the server may drop them."""
+        self._socket.close()
+
+    # The hot path
+
+    def infer(
+        self,
+        deadline_ns: int,
+        timeout_s: float,
+        inputs: Mapping[str, Array],
+        outputs: tuple[str, ...],
+        version: str,
+        priority: int,
+        copy: bool,
+    ) -> InferResult:
+        """One request, one answer.
+
+        Raises:
+            EdgeError: what the server answered.
+            ConnectionClosedError, DeadlineError, MalformedError: and `busy` stays true.
+        """
+        key: Key = (version, outputs, *[(n, a.shape, a.dtype) for n, a in inputs.items()])
+        message = self._messages.get(key)
+        if message is None:
+            if not self._fits_inline(key, inputs):
+                return self._infer_large(deadline_ns, key, inputs, priority, copy)
+            message = self._remember(key, inputs)
+        data, views = message
+        self._next_id = request_id = self._next_id + 1
+        data[6] = priority
+        _ID_AND_TIME.pack_into(data, 16, request_id, deadline_ns)
+        for name, view in views:
+            view[...] = inputs[name]
+        if timeout_s != self._timeout_s:
+            self._set_timeout(timeout_s)
+        self.busy = True
+        try:
+            sent = self._socket.send(data)
+            if sent != len(data):
+                self._send([memoryview(data)[sent:]], deadline_ns)
+            size = self._socket.recv_into(self._inbox)
+        except OSError as e:
+            raise self._lost(e) from e
+        if size >= PREFIX_SIZE:
+            magic, _, kind, _, _, header_size, body_size, answered_id, time_ns = PREFIX.unpack_from(
+                self._inbox
+            )
+            header_end = PREFIX_SIZE + header_size
+            if (
+                answered_id == request_id
+                and kind == _INFERRED
+                and size == header_end + body_size
+                and magic == frames.MAGIC
+            ):
+                answer = self._answers.get(self._inbox_view[PREFIX_SIZE:header_end].tobytes())
+                if answer is not None and answer.body_size == body_size:
+                    self.busy = False
+                    outputs_by_name = {name: view.copy() for name, view in answer.views}
+                    return InferResult(outputs_by_name, answer.model_version, time_ns)
+        self._reader.feed(self._inbox_view[: self._alive(size)])
+        return self.finish(Flight(request_id, key, _NOTHING), deadline_ns, copy)
+
+    def _fits_inline(self, key: Key, inputs: Mapping[str, Array]) -> bool:
+        return key not in self._rooms and all(
+            array.nbytes < self._shared_min_bytes and array.dtype.kind not in "SUO"
+            for array in inputs.values()
+        )
+
+    def _remember(self, key: Key, inputs: Mapping[str, Array]) -> _Message:
+        draft = self._draft(key, inputs)
+        header = draft.encode(self._model, key[0], {})
+        sizes = [array.nbytes for array in inputs.values()]
+        prefix = frames.encode_prefix(Kind.INFER, len(header), sum(sizes))
+        data = bytearray(prefix + header + bytes(sum(sizes)))
+        offset = len(prefix) + len(header)
+        views = []
+        for (name, array), size in zip(inputs.items(), sizes, strict=True):
+            views.append(
+                (name, np.ndarray(array.shape, array.dtype.newbyteorder("<"), data, offset))
+            )
+            offset += size
+        if len(self._messages) >= PLANS_MAX:
+            self._messages.clear()
+        message = self._messages[key] = _Message(data, tuple(views))
+        return message
+
+    # Everything else
+
+    def request(self, deadline_ns: int, timeout_s: float, kind: Kind, header: bytes) -> Frame:
+        """Any request that is a header only, and the frame that answers it. Raises as infer."""
+        self._set_timeout(timeout_s)
+        request_id = self._start(kind, header, [], deadline_ns, 0)
+        return self._wait(request_id, deadline_ns)
+
+    def _infer_large(
+        self, deadline_ns: int, key: Key, inputs: Mapping[str, Array], priority: int, copy: bool
+    ) -> InferResult:
+        flight = self.submit(deadline_ns, key, inputs, priority)
+        try:
+            return self.finish(flight, deadline_ns, copy)
+        except TooLargeError:
+            if not flight.draft.rooms:
+                raise
+            # An output outgrew the place that the last answer suggested: let it travel.
+            self._rooms[key] = {}
+            flight = self.submit(deadline_ns, key, inputs, priority)
+            return self.finish(flight, deadline_ns, copy)
+
+    def submit(
+        self, deadline_ns: int, key: Key, inputs: Mapping[str, Array], priority: int
+    ) -> Flight:
+        """Send a request and do not wait for its answer. Raises as infer."""
+        self._set_timeout((deadline_ns - self._now_ns()) / 1e9)
+        draft = self._draft(key, inputs)
+        if not all(self._announce(arena, deadline_ns) for arena in draft.arenas()):
+            self._scratch = None  # the server takes no regions: everything travels in frames
+            draft = self._draft(key, inputs)
+        header = draft.encode(self._model, key[0], self._numbers)
+        request_id = self._start(Kind.INFER, header, draft.body(), deadline_ns, priority)
+        self._open.add(request_id)
+        return Flight(request_id, key, draft)
+
+    def _draft(self, key: Key, inputs: Mapping[str, Array]) -> codec.Draft:
+        return codec.draft(
+            inputs,
+            key[1],
+            own=self._own,
+            scratch=self._scratch,
+            room_sizes=self._rooms.get(key, {}),
+            shared_min_bytes=self._shared_min_bytes,
+        )
+
+    def _announce(self, arena: Arena, deadline_ns: int) -> bool:
+        """Make a region of an arena, once; False when the server refuses."""
+        if arena in self._numbers:
+            return True
+        number = len(self._numbers)
+        header = messages.encode_header(messages.RegionAdd(self._model, number, arena.size_bytes))
+        self._next_id += 1
+        frame = messages.encode_frame(Kind.REGION_ADD, header, request_id=self._next_id)
+        self.busy = True
+        try:
+            sockets.send_all_with_fds(self._socket, frame, [arena.fd])
+        except OSError as e:
+            raise self._lost(e) from e
+        try:
+            self._wait(self._next_id, deadline_ns)
+        except MalformedError:
+            raise
+        except RequestError:
+            return False
+        self._numbers[arena] = number
+        return True
+
+    def finish(self, flight: Flight, deadline_ns: int, copy: bool) -> InferResult:
+        """Wait for the answer to one flight, in whatever order answers come. Raises as infer."""
+        try:
+            frame = self._wait(flight.request_id, deadline_ns)
+        finally:
+            self._open.discard(flight.request_id)
+        plan = self._understand(frame)
+        self._learn_rooms(flight.key, plan)
+        outputs = codec.unpack(plan, frame.body, flight.draft.rooms, copy=copy)
+        return InferResult(outputs, plan.model_version, frame.prefix.time_ns)
+
+    def _understand(self, frame: Frame) -> codec.ResponsePlan:
+        plan = self._understood.get(frame.header)
+        if plan is None:
+            plan = codec.understand(frame.header)
+            if len(self._understood) >= PLANS_MAX:
+                self._understood.clear()
+                self._answers.clear()
+            self._understood[frame.header] = plan
+            self._prepare_answer(frame.header, plan)
+        return plan
+
+    def _prepare_answer(self, header: bytes, plan: codec.ResponsePlan) -> None:
+        """Views over the inbox for answers like this one, if the fast path can take them."""
+        begin = PREFIX_SIZE + len(header)
+        if begin + plan.body_size > INBOX_SIZE:
+            return
+        if any(view.in_region or view.datatype == "BYTES" for view in plan.outputs):
+            return
+        views = []
+        for view in plan.outputs:
+            source = self._inbox_view[begin + view.offset : begin + view.offset + view.size]
+            views.append((view.name, tensors.from_bytes(source, view.datatype, view.shape)))
+        self._answers[header] = _Answer(plan.model_version, plan.body_size, tuple(views))
+
+    def _learn_rooms(self, key: Key, plan: codec.ResponsePlan) -> None:
+        """Offer the next request like this one a place for each large output."""
+        if self._scratch is None or key in self._rooms:
+            return
+        large = codec.large_outputs(plan, self._shared_min_bytes)
+        if large:
+            if len(self._rooms) >= PLANS_MAX:
+                self._rooms.clear()
+            self._rooms[key] = large
+            self._messages.pop(key, None)
+
+    def _start(
+        self, kind: Kind, header: bytes, body: list[memoryview], deadline_ns: int, priority: int
+    ) -> int:
+        self._next_id += 1
+        body_size = sum(part.nbytes for part in body)
+        prefix = frames.encode_prefix(
+            kind, len(header), body_size, self._next_id, deadline_ns, priority
+        )
+        parts = [memoryview(prefix + header), *body]
+        self.busy = True
+        try:
+            self._send([part for part in parts if part.nbytes], deadline_ns)
+        except OSError as e:
+            raise self._lost(e) from e
+        return self._next_id
+
+    def _send(self, parts: list[memoryview], deadline_ns: int) -> None:
+        """Send everything, reading answers meanwhile: a server that waits for us to read before it
+        reads on must not stop us for ever."""
+        while parts:
+            try:
+                sent = self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                self._read_while_waiting_to_send(deadline_ns)
+                continue
+            while parts and sent >= parts[0].nbytes:
+                sent -= parts.pop(0).nbytes
+            if sent:
+                parts[0] = parts[0][sent:]
+
+    def _read_while_waiting_to_send(self, deadline_ns: int) -> None:
+        remaining_s = (deadline_ns - self._now_ns()) / 1e9
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN | select.POLLOUT)
+        ready = poll.poll(max(0.0, remaining_s) * 1e3)
+        if not ready:
+            raise BlockingIOError
+        if ready[0][1] & ~select.POLLOUT:
+            buffer = self._reader.get_buffer(INBOX_SIZE)
+            size = self._socket.recv_into(buffer)
+            if not size:
+                raise ConnectionResetError("the server closed the connection")
+            self._reader.advance(size)
+
+    def _wait(self, request_id: int, deadline_ns: int) -> Frame:
+        """The answer to a request; answers to abandoned ones are dropped. ERROR is raised."""
+        frame = self._arrived.pop(request_id, None) or self._next_answer(request_id, deadline_ns)
+        self.busy = frame.prefix.request_id == 0  # then the server closes
+        if isinstance(frame, TooLarge):
+            raise frame.error
+        if frame.prefix.kind == Kind.ERROR:
+            raise messages.decode_error(frame.header)
+        return frame
+
+    def _next_answer(self, request_id: int, deadline_ns: int) -> Frame | TooLarge:
+        while True:
+            frame = self._reader.next_frame()
+            if frame is None:
+                self._read(deadline_ns)
+                continue
+            answered_id = frame.prefix.request_id
+            if answered_id == request_id:
+                return frame
+            if answered_id == 0 and frame.prefix.kind == Kind.ERROR:
+                return frame  # the server could not tell which request it refuses
+            if answered_id in self._open:
+                self._arrived[answered_id] = frame
+
+    def _read(self, deadline_ns: int) -> None:
+        self._set_timeout((deadline_ns - self._now_ns()) / 1e9)
+        try:
+            size = self._socket.recv_into(self._reader.get_buffer())
+        except OSError as e:
+            raise self._lost(e) from e
+        self._reader.advance(self._alive(size))
+
+    def _alive(self, size: int) -> int:
+        if not size:
+            inside = "" if self._reader.eof() else " inside a frame"
+            raise ConnectionClosedError(
+                f"the server closed the connection{inside}", where=self._where
+            )
+        return size
+
+    def _set_timeout(self, timeout_s: float) -> None:
+        if timeout_s != self._timeout_s:
+            sockets.set_timeout(self._socket, timeout_s)
+            self._timeout_s = timeout_s
+
+    def _lost(self, error: OSError) -> ConnectionClosedError | DeadlineError:
+        if isinstance(error, BlockingIOError):
+            return DeadlineError("no answer in time", where=f"{self._where} {self._model}".strip())
+        return ConnectionClosedError(
+            f"the connection broke: {error.strerror or error}", where=self._where
+        )
+
+
+_NOTHING = codec.Draft((), (), {}, ())
