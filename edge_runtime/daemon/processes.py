@@ -1,0 +1,444 @@
+"""Templates and workers as the supervisor holds them: start, talk, learn of the end.
+
+Law of this file: processes and channels, no policy. It starts a process, passes messages, and
+reports how it ended; what follows from that is decided elsewhere. Everything runs in the daemon's
+event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from edge_runtime.clock import Clock
+from edge_runtime.daemon import memory
+from edge_runtime.errors import BackendError, EdgeError, UnavailableError, from_document
+from edge_runtime.events import Events
+from edge_runtime.serving import channel, health, page
+from edge_runtime.serving.health import Cause, Death
+from edge_runtime.serving.spec import WorkerSpec
+
+# An import from a slow SD card takes seconds; one that takes longer than this hangs.
+IMPORT_S_MAX = 120.0
+FORK_S_MAX = 10.0
+# What numpy's and the backends' own thread pools would start at import, before any fork.
+SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class Reaper:
+    """Collects every child that ends, adopted grandchildren included."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, Callable[[int], None]] = {}
+        self._early: dict[int, int] = {}
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Listen for SIGCHLD."""
+        loop.add_signal_handler(signal.SIGCHLD, self.collect)
+
+    def watch(self, pid: int, ended: Callable[[int], None]) -> None:
+        """Have `ended(status)` called once when `pid` has ended, even if it already has."""
+        if pid in self._early:
+            ended(self._early.pop(pid))
+        else:
+            self._waiting[pid] = ended
+
+    def collect(self) -> None:
+        """Wait for every child that has ended."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            ended = self._waiting.pop(pid, None)
+            if ended is not None:
+                ended(status)
+            else:  # ended before we were told its number
+                self._early[pid] = status
+                while len(self._early) > 64:
+                    self._early.pop(next(iter(self._early)))
+
+
+class Line:
+    """Our end of a channel: sends never block, messages arrive as calls."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        receive: Callable[[channel.Message, list[int]], None],
+    ) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._loop = loop
+        self._receive = receive
+        self._queue: deque[tuple[channel.Message, list[int]]] = deque()
+        loop.add_reader(sock.fileno(), self._readable)
+
+    def send(self, message: channel.Message, fds: list[int] | None = None) -> bool:
+        """Send, or queue; the descriptors are ours from now on. False: the peer is gone."""
+        fds = fds or []
+        if self._sock.fileno() < 0:
+            _close_all(fds)
+            return False
+        if not self._queue and self._try(message, fds):
+            return self._sock.fileno() >= 0
+        if self._sock.fileno() < 0:
+            return False
+        self._queue.append((message, fds))
+        self._loop.add_writer(self._sock.fileno(), self._writable)
+        return True
+
+    def _try(self, message: channel.Message, fds: list[int]) -> bool:
+        """Whether it is dealt with: sent, or the peer is gone."""
+        try:
+            channel.send(self._sock, message, fds)
+        except BlockingIOError:
+            return False
+        except OSError:
+            _close_all(fds)
+            self.close()
+            return True
+        _close_all(fds)
+        return True
+
+    def _writable(self) -> None:
+        while self._queue:
+            if not self._try(*self._queue[0]):
+                return
+            if self._queue:
+                self._queue.popleft()
+        if self._sock.fileno() >= 0:
+            self._loop.remove_writer(self._sock.fileno())
+
+    def _readable(self) -> None:
+        while self._sock.fileno() >= 0:
+            try:
+                message, fds = channel.receive(self._sock)
+            except BlockingIOError:
+                return
+            except (OSError, msgspec.DecodeError):
+                message, fds = None, []
+            if message is None:
+                self.close()
+                return
+            self._receive(message, fds)
+
+    def drain(self) -> None:
+        """Take in what the peer sent before it ended."""
+        self._readable()
+
+    def close(self) -> None:
+        """No more messages either way."""
+        if self._sock.fileno() < 0:
+            return
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        self._sock.close()
+        for _, fds in self._queue:
+            _close_all(fds)
+        self._queue.clear()
+
+
+class WorkerProcess:
+    """One worker, from fork to end.
+
+    Attributes:
+        ready: done when it may serve; carries its failure otherwise.
+        ended: done when the process is gone.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        backend_version: str,
+        clock: Clock,
+        returned: Callable[[channel.Returned, list[int]], None],
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.spec = spec
+        self.backend_version = backend_version
+        self.pid = 0
+        self.phase = "fork"
+        self.started_ns = clock.monotonic_ns()
+        self.ready: asyncio.Future[channel.Ready] = loop.create_future()
+        self.ended: asyncio.Future[Death] = loop.create_future()
+        self.report: channel.Ready | None = None
+        self.stopping = False
+        self._clock = clock
+        self._returned = returned
+        self._failure: dict[str, Any] = {}
+        self._hung_for_s: float | None = None
+        self._oom_kills = memory.oom_kills()
+        self._drained: asyncio.Future[int] | None = None
+        ours, self._theirs = channel.pair()
+        self._line = Line(ours, loop, self._receive)
+        self._page_fd = page.create()
+        self.status = page.words(self._page_fd)
+
+    def descriptors(self) -> list[int]:
+        """What the fork order carries: duplicates, for the template's line to close."""
+        spec_fd = os.memfd_create("spec", os.MFD_CLOEXEC)
+        os.write(spec_fd, msgspec.msgpack.encode(self.spec))
+        os.lseek(spec_fd, 0, os.SEEK_SET)
+        return [os.dup(self._theirs.fileno()), self._page_fd, spec_fd]
+
+    def forked(self, pid: int, reaper: Reaper) -> None:
+        """The template has made the process."""
+        self.pid = pid
+        self._theirs.close()
+        reaper.watch(pid, self._end)
+
+    def not_forked(self, reason: str) -> None:
+        """The template could not make the process."""
+        self._theirs.close()
+        self._finish(Death(Cause.FAILED, reason))
+
+    @property
+    def alive(self) -> bool:
+        return not self.ended.done()
+
+    @property
+    def serving(self) -> bool:
+        return self.alive and self.report is not None and not self.stopping
+
+    def adopt(self, message: channel.Adopt, fds: list[int]) -> bool:
+        """Hand a connection over; the descriptors are the line's to close. False: it is gone."""
+        return self.serving and self._line.send(message, fds)
+
+    async def drain(self) -> int:
+        """Have it hand all its connections back; how many it had."""
+        self._drained = asyncio.get_running_loop().create_future()
+        if not self._line.send(channel.Drain()):
+            return 0
+        both: list[asyncio.Future[Any]] = [self._drained, self.ended]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        return self._drained.result() if self._drained.done() else 0
+
+    async def stop(self, grace_s: float) -> Death:
+        """Ask it to end, make it end after `grace_s`."""
+        self.stopping = True
+        self._line.send(channel.Stop())
+        done, _ = await asyncio.wait([self.ended], timeout=grace_s)
+        if not done:
+            self.kill()
+        return await self.ended
+
+    def kill(self, hung_for_s: float | None = None) -> None:
+        """SIGKILL; `hung_for_s` is remembered as the reason."""
+        self._hung_for_s = hung_for_s
+        if self.pid and self.alive:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def running_s(self) -> float:
+        """For how long its oldest run has been going on; 0.0: nothing runs."""
+        began_ns = page.oldest_run_ns(self.status)
+        return (self._clock.monotonic_ns() - began_ns) / 1e9 if began_ns else 0.0
+
+    def _receive(self, message: channel.Message, fds: list[int]) -> None:
+        if isinstance(message, channel.Returned):
+            self._returned(message, fds)
+            return
+        _close_all(fds)
+        if isinstance(message, channel.Phase):
+            self.phase = message.name
+        elif isinstance(message, channel.Ready):
+            self.phase = "ready"
+            self.report = message
+            if not self.ready.done():
+                self.ready.set_result(message)
+        elif isinstance(message, channel.Failed):
+            self.phase = f"{message.phase} failed"
+            self._failure = message.error
+        elif isinstance(message, channel.Drained) and self._drained and not self._drained.done():
+            self._drained.set_result(message.connections)
+
+    def _end(self, status: int) -> None:
+        self._line.drain()
+        kills = memory.oom_kills() - self._oom_kills
+        failure = str(self._failure.get("message", ""))
+        self._finish(
+            health.classify(
+                status,
+                stopping=self.stopping,
+                hung_for_s=self._hung_for_s,
+                oom_kills=kills,
+                failure=failure,
+            )
+        )
+
+    def _finish(self, death: Death) -> None:
+        self._line.close()
+        if not self.ready.done():
+            self.ready.set_exception(self._error(death))
+            self.ready.exception()  # seen: whoever waits gets it, nobody else is told
+        if not self.ended.done():
+            self.ended.set_result(death)
+
+    def _error(self, death: Death) -> EdgeError:
+        where = f"{self.spec.model}@{self.spec.version} variant {self.spec.variant}"
+        if self._failure:
+            error = from_document(self._failure)
+            error.where = f"{where}: {error.where}" if error.where else where
+            return error
+        return BackendError(f"the worker died during {self.phase}: {death.detail}", where=where)
+
+
+class Template:
+    """The process that has one backend imported."""
+
+    def __init__(self, backend: str, reaper: Reaper, events: Events, clock: Clock) -> None:
+        loop = asyncio.get_running_loop()
+        self.backend = backend
+        self.version = ""
+        self.ready: asyncio.Future[channel.TemplateReady] = loop.create_future()
+        self.ended: asyncio.Future[Death] = loop.create_future()
+        self._reaper = reaper
+        self._events = events
+        self._failure: dict[str, Any] = {}
+        self._stopping = False
+        self._tokens = 0
+        self._orders: dict[int, asyncio.Future[channel.Forked]] = {}
+        self._oom_kills = memory.oom_kills()
+        ours, theirs = channel.pair()
+        self._line = Line(ours, loop, self._receive)
+        self.pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-P", "-m", "edge_runtime.serving.template", backend],
+            {**os.environ, **SINGLE_THREADED},
+            file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), channel.TEMPLATE_FD)],
+        )
+        theirs.close()
+        self.started_ns = clock.monotonic_ns()
+        reaper.watch(self.pid, self._end)
+
+    @property
+    def alive(self) -> bool:
+        return not self.ended.done()
+
+    async def fork(self, worker: WorkerProcess) -> None:
+        """Make `worker` a process.
+
+        Raises:
+            BackendError: the template has died, or the system has no process to give.
+        """
+        await asyncio.wait_for(asyncio.shield(self.ready), IMPORT_S_MAX)
+        self._tokens += 1
+        token = self._tokens
+        order: asyncio.Future[channel.Forked] = asyncio.get_running_loop().create_future()
+        self._orders[token] = order
+        if not self._line.send(channel.Fork(token), worker.descriptors()):
+            raise UnavailableError(f"the {self.backend} template is gone")
+        forked = await asyncio.wait_for(order, FORK_S_MAX)
+        if forked.pid:
+            worker.forked(forked.pid, self._reaper)
+        else:
+            worker.not_forked(forked.reason)
+
+    async def stop(self, grace_s: float) -> None:
+        """End the process."""
+        self._stopping = True
+        self._line.send(channel.Stop())
+        done, _ = await asyncio.wait([self.ended], timeout=grace_s)
+        if not done:
+            os.kill(self.pid, signal.SIGKILL)
+            await self.ended
+
+    def _receive(self, message: channel.Message, fds: list[int]) -> None:
+        _close_all(fds)
+        if isinstance(message, channel.TemplateReady):
+            self.version = message.version
+            self.ready.set_result(message)
+            self._events.emit(
+                "template_ready",
+                f"{self.backend} {message.version} imported in {message.import_ms:.0f} ms",
+                backend=self.backend,
+                version=message.version,
+                pid=self.pid,
+            )
+        elif isinstance(message, channel.Failed):
+            self._failure = message.error
+        elif isinstance(message, channel.Forked):
+            order = self._orders.pop(message.token, None)
+            if order is not None and not order.done():
+                order.set_result(message)
+
+    def _end(self, status: int) -> None:
+        self._line.drain()
+        self._line.close()
+        death = health.classify(
+            status,
+            stopping=self._stopping,
+            hung_for_s=None,
+            oom_kills=memory.oom_kills() - self._oom_kills,
+            failure=str(self._failure.get("message", "")),
+        )
+        at = "while idle" if self.ready.done() else "at import"
+        error: EdgeError = (
+            from_document(self._failure)
+            if self._failure
+            else BackendError(
+                f"the {self.backend} library died {at}: {death.detail}",
+                where=self.backend,
+                remedy="install a build of it for this processor, or use another backend",
+            )
+        )
+        if not self.ready.done():
+            self.ready.set_exception(error)
+            self.ready.exception()
+        for order in self._orders.values():
+            if not order.done():
+                order.set_exception(error)
+        self._orders.clear()
+        self.ended.set_result(death)
+        if death.cause is not Cause.STOPPED:
+            self._events.emit(
+                "template_died",
+                str(error),
+                level="error",
+                backend=self.backend,
+                cause=str(death.cause),
+                pid=self.pid,
+            )
+
+
+class Templates:
+    """One template per backend, made when first needed and again after it died."""
+
+    def __init__(self, reaper: Reaper, events: Events, clock: Clock) -> None:
+        self._reaper = reaper
+        self._events = events
+        self._clock = clock
+        self._templates: dict[str, Template] = {}
+
+    def get(self, backend: str) -> Template:
+        """The living template of a backend; started now if there is none."""
+        template = self._templates.get(backend)
+        if template is None or not template.alive:
+            template = Template(backend, self._reaper, self._events, self._clock)
+            self._templates[backend] = template
+        return template
+
+    def all(self) -> list[Template]:
+        """Every template, dead ones included."""
+        return list(self._templates.values())
+
+    async def stop(self, grace_s: float) -> None:
+        """End them all."""
+        living = [one for one in self._templates.values() if one.alive]
+        await asyncio.gather(*(template.stop(grace_s) for template in living))
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,282 @@
+"""The supervisor: builds the parts, starts them, watches over them, stops them.
+
+Law of this file: composition and lifetime. It is the only place that knows all parts; no part looks
+another up. It imports no numpy and no backend: what they do, however badly, happens elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from edge_runtime import __version__, systemd
+from edge_runtime.clock import Clock
+from edge_runtime.config import Config
+from edge_runtime.daemon.access import Access, resolve
+from edge_runtime.daemon.commands import Commands
+from edge_runtime.daemon.control import ControlServer
+from edge_runtime.daemon.deployment import Deployment
+from edge_runtime.daemon.processes import Reaper, Templates, WorkerProcess
+from edge_runtime.daemon.router import Router
+from edge_runtime.daemon.shelf import Shelf
+from edge_runtime.errors import EdgeError, NotFoundError, UnavailableError
+from edge_runtime.events import LEVELS, Event, Events, Level, RingSink, Sink, TeeSink, sink_for
+from edge_runtime.files import SystemFiles
+from edge_runtime.serving import page, sandbox
+from edge_runtime.store import Store
+from edge_runtime.wire import frames, messages, sockets
+from edge_runtime.wire.frames import Kind
+
+# How often runs are compared with their time budget: a hang is found this much late.
+HANG_CHECK_S = 0.25
+# READY=1 is sent when every active model has been tried, or after this long: a device that compiles
+# for minutes must not be taken for one that does not start.
+READY_WAIT_S = 20.0
+# A worker gets 5 s, a template 2 s; systemd waits longer than both (TimeoutStopSec).
+TEMPLATE_GRACE_S = 2.0
+
+
+class _Threshold:
+    """A sink that passes on events of a level and above."""
+
+    def __init__(self, sink: Sink, level: Level) -> None:
+        self._sink = sink
+        self._rank = LEVELS[level][0]
+
+    def write(self, event: Event) -> None:
+        if LEVELS[event.level][0] >= self._rank:
+            self._sink.write(event)
+
+
+class Supervisor:
+    """The daemon."""
+
+    def __init__(self, state_dir: Path, run_dir: Path, config: Config, clock: Clock) -> None:
+        self.config = config
+        self.clock = clock
+        self.started_ns = clock.monotonic_ns()
+        self.ring = RingSink(config.limits.history_events_max)
+        log = _Threshold(sink_for(sys.stderr, os.environ, config.log.format), config.log.level)
+        self.events = Events(TeeSink([self.ring, log]), clock)
+        self._state_dir = state_dir
+        self._run_dir = run_dir
+        self._deployments: dict[str, Deployment] = {}
+        self._access = resolve(config.access.infer, "access.infer")
+        self._control_access = resolve(config.access.control, "access.control")
+        self._model_access = {
+            name: resolve(worker.access, f"models.{name}.access")
+            for name, worker in config.models.items()
+            if worker.access is not None
+        }
+        if config.workers.access is not None:
+            self._access = resolve(config.workers.access, "workers.access")
+        self._stop = asyncio.Event()
+
+    # -- the day of a daemon -----------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Start, serve until told to stop, stop."""
+        loop = asyncio.get_running_loop()
+        sandbox.become_subreaper()
+        reaper = Reaper()
+        reaper.start(loop)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        store = self._open_store()
+        try:
+            self.shelf = Shelf(store)
+            self.templates = Templates(reaper, self.events, self.clock)
+            self.router = Router(self, self.config, self.events, self.clock)
+            control = self._listen()
+            async with contextlib.AsyncExitStack() as stack:
+                stack.push_async_callback(self._close, control)
+                tasks = [loop.create_task(self._check_hangs())]
+                tasks.append(loop.create_task(self._feed_watchdog()))
+                stack.callback(lambda: [task.cancel() for task in tasks])
+                await self._resume()
+                self._notify("READY=1\nSTATUS=serving")
+                self.events.emit("daemon_ready", f"edge-runtime {__version__} serves")
+                await self._stop.wait()
+                self._notify("STOPPING=1")
+                self.events.emit("daemon_stopping", "told to stop")
+        finally:
+            store.close()
+
+    def _open_store(self) -> Store:
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        budget = self.config.store.byte_budget or None
+        store = Store(self._state_dir, SystemFiles(), self.clock, budget)
+        recovery = store.open()
+        for field in ("removed", "repaired", "damaged", "problems"):
+            for note in getattr(recovery, field):
+                level: Level = "warning" if field in ("damaged", "problems") else "info"
+                self.events.emit(f"store_{field}", note, level=level)
+        return store
+
+    def _listen(self) -> ControlServer:
+        given = systemd.listen_sockets(os.environ, os.getpid())
+        access = self.config.access
+        infer = given.pop("infer", None) or sockets.listen_unix(
+            self._run_dir / "infer.sock", int(access.infer_mode, 8)
+        )
+        control = given.pop("control", None) or sockets.listen_unix(
+            self._run_dir / "control.sock", int(access.control_mode, 8)
+        )
+        for name, sock in given.items():
+            self.events.emit("socket_unknown", f"systemd gave a socket {name!r}", level="warning")
+            sock.close()
+        self.router.listen(infer)
+        return ControlServer(
+            control,
+            Commands(self).table(),
+            self._control_access,
+            self.config.limits.control_connections_max,
+            self.events,
+        )
+
+    async def _resume(self) -> None:
+        """Start every model that was active."""
+        names = await self.shelf.call(lambda opened: opened.models())
+        for name in names:
+            self.know(name)
+        waiting = [asyncio.ensure_future(one.resume()) for one in self._deployments.values()]
+        self._resuming = waiting  # held: the loop keeps only weak references
+        if waiting:
+            _, pending = await asyncio.wait(waiting, timeout=READY_WAIT_S)
+            if pending:
+                self._notify(f"STATUS={len(pending)} of {len(names)} models are still loading")
+
+    async def _close(self, control: ControlServer) -> None:
+        await control.close()
+        self.router.closing = True
+        await asyncio.gather(*(one.close() for one in self._deployments.values()))
+        for name in list(self._deployments):
+            self.router.unlisten(name)
+        self.router.close()
+        await self.templates.stop(TEMPLATE_GRACE_S)
+        self.events.emit("daemon_stopped", "stopped")
+
+    # -- watching over it --------------------------------------------------------------------------
+
+    async def _check_hangs(self) -> None:
+        while True:
+            await asyncio.sleep(HANG_CHECK_S)
+            for deployment in self._deployments.values():
+                deployment.check_hangs()
+
+    async def _feed_watchdog(self) -> None:
+        """Tell systemd that we are well, whenever a probe of our own socket was answered."""
+        interval_s = systemd.watchdog_interval_s(os.environ, os.getpid())
+        if interval_s is None:
+            return
+        while True:
+            try:
+                await self._probe()
+            except (EdgeError, OSError, TimeoutError) as error:
+                self.events.emit("probe_failed", f"own socket: {error}", level="error")
+            else:
+                self._notify("WATCHDOG=1")
+            await asyncio.sleep(interval_s)
+
+    async def _probe(self) -> None:
+        """SERVER_LIVE through accept, read, route and answer, as a client would."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(self.config.watchdog.probe_timeout_s):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+                await loop.sock_connect(sock, str(self.router.address()))
+                request = messages.encode_document(Kind.SERVER_LIVE, {}, request_id=1)
+                await loop.sock_sendall(sock, request)
+                answer = await loop.sock_recv(sock, 4096)
+        prefix = frames.decode_prefix(answer.ljust(frames.PREFIX_SIZE, b"\0"))
+        if prefix.kind != Kind.SERVER_LIVE | frames.RESPONSE:
+            raise UnavailableError(f"the probe was answered by kind {prefix.kind:#04x}")
+
+    def _notify(self, state: str) -> None:
+        systemd.notify(state, os.environ)
+
+    # -- models ------------------------------------------------------------------------------------
+
+    def know(self, name: str) -> Deployment:
+        """The deployment of an installed model, made when first heard of."""
+        deployment = self._deployments.get(name)
+        if deployment is None:
+            deployment = Deployment(
+                name,
+                self.shelf,
+                self.templates,
+                self.config,
+                self.events,
+                self.clock,
+                lambda message, fds: self.router.take_back(message, fds, name),
+            )
+            self._deployments[name] = deployment
+        self._listen_for(name)
+        return deployment
+
+    def _listen_for(self, name: str) -> None:
+        """A model's own socket."""
+        if not self.config.worker(name).own_socket or self.router.listening(name):
+            return
+        path = self._run_dir / "models" / f"{name}.sock"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            sock = sockets.listen_unix(path, int(self.config.access.infer_mode, 8))
+        except (EdgeError, OSError) as error:
+            self.events.emit("own_socket_failed", str(error), level="warning", model=name)
+            return
+        self.router.listen(sock, name)
+
+    async def forget_removed(self) -> None:
+        """Models of which nothing is installed any more."""
+        left = await self.shelf.call(lambda store: store.models())
+        for name in self._deployments.keys() - set(left):
+            del self._deployments[name]
+            self.router.unlisten(name)
+
+    def deployment(self, name: str) -> Deployment:
+        """The deployment of a model that is known to be installed."""
+        return self._deployments[name]
+
+    def known(self, name: str) -> Deployment:
+        """The deployment of a model that a user named.
+
+        Raises:
+            NotFoundError: no such model is installed.
+        """
+        deployment = self._deployments.get(name)
+        if deployment is None:
+            raise NotFoundError(
+                f"no model {name!r} is installed",
+                expected=", ".join(self._deployments) or "a model; none is installed",
+            )
+        return deployment
+
+    def deployments(self) -> list[Deployment]:
+        """All of them."""
+        return list(self._deployments.values())
+
+    # -- what the router asks (its Directory) ------------------------------------------------------
+
+    def worker(self, model: str, version: str) -> WorkerProcess | None:
+        return self.known(model).serving(version)
+
+    def access(self, model: str) -> Access:
+        return self._model_access.get(model, self._access)
+
+    def retry_after_s(self, model: str) -> float:
+        return self.known(model).retry_after_s()
+
+    def models(self) -> list[str]:
+        return sorted(self._deployments)
+
+    def ready(self) -> bool:
+        return all(one.state in ("ready", "stopped") for one in self._deployments.values())
+
+    def connections(self) -> int:
+        workers = [w for one in self._deployments.values() for w in (one.worker, one.warm) if w]
+        return sum(worker.status[page.CONNECTIONS] for worker in workers)

@@ -1,0 +1,214 @@
+"""Messages between supervisor, templates and workers.
+
+Law of this file: message types and the two functions that move them. A channel is an AF_UNIX
+SOCK_SEQPACKET pair: one message is one packet, descriptors ride with it, the end of the peer is the
+end of file. What does not fit a packet (bytes already read of a large frame) rides as a memfd.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from typing import Any
+
+import msgspec
+
+# One packet must fit the default socket buffer (net.core.wmem_default, 208 KiB) with room to spare.
+PACKET_SIZE_MAX = 96 * 1024
+RESIDUAL_INLINE_MAX = 32 * 1024  # more goes by memfd
+TEMPLATE_FD = 3  # where a template finds its end
+# A connection, its 16 regions and a residual; the kernel's own limit is 253 (SCM_MAX_FD).
+DESCRIPTORS_MAX = 32
+_ANCILLARY = socket.CMSG_SPACE(DESCRIPTORS_MAX * 4)
+
+
+class Fork(msgspec.Struct, frozen=True, tag="fork"):
+    """Supervisor to template: fork a worker.
+
+    Descriptors: the worker's channel, its status page, a memfd with its WorkerSpec (msgpack).
+    """
+
+    token: int
+
+
+class Forked(msgspec.Struct, frozen=True, tag="forked"):
+    """Template to supervisor: the worker's process id (0: fork failed, `reason` says why)."""
+
+    token: int
+    pid: int
+    reason: str = ""
+
+
+class TemplateReady(msgspec.Struct, frozen=True, tag="template_ready"):
+    """Template to supervisor: the library is imported."""
+
+    version: str
+    import_ms: float
+    fork_safe: bool = True
+
+
+class Phase(msgspec.Struct, frozen=True, tag="phase"):
+    """Worker to supervisor: what it is doing now (`load`, `warmup`, `goldens`)."""
+
+    name: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """Worker to supervisor: loaded, warm, goldens equal; serving from now on."""
+
+    load_ms: float
+    warmup_ms: float
+    run_ms_p50: float
+    goldens: int
+    runners: int
+    placement: list[dict[str, Any]]
+    golden_deviation: float = 0.0  # largest |got - want| / (atol + rtol |want|); <= 1 passes
+    sandbox: list[str] = []
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """Worker or template to supervisor: it will exit; `error` is `EdgeError.document()`."""
+
+    phase: str
+    error: dict[str, Any]
+
+
+class Adopt(msgspec.Struct, frozen=True, tag="adopt"):
+    """Supervisor to worker: serve this connection.
+
+    Descriptors: the connection, one per region in the order of `regions`, then the bytes already
+    read as a memfd when `residual_size` is not 0.
+    """
+
+    own: bool
+    residual: bytes = b""
+    residual_size: int = 0
+    regions: tuple[tuple[int, int], ...] = ()  # (number, byte size)
+    stray: int = 0  # descriptors received with the residual, not yet claimed by a frame
+    skip: int = 0  # body bytes still to be thrown away
+    peer: tuple[int, int, int] = (0, 0, 0)  # pid, uid, gid
+
+
+class Returned(msgspec.Struct, frozen=True, tag="returned"):
+    """Worker to supervisor: this connection is yours again, at a frame boundary.
+
+    Fields and descriptors as in `Adopt`.
+    """
+
+    own: bool
+    residual: bytes = b""
+    residual_size: int = 0
+    regions: tuple[tuple[int, int], ...] = ()
+    stray: int = 0
+    skip: int = 0
+    peer: tuple[int, int, int] = (0, 0, 0)
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Supervisor to worker: answer what you have, hand every connection back, stay loaded."""
+
+
+class Drained(msgspec.Struct, frozen=True, tag="drained"):
+    """Worker to supervisor: no connection left."""
+
+    connections: int
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """Supervisor to worker or template: exit now, cleanly."""
+
+
+Message = (
+    Fork
+    | Forked
+    | TemplateReady
+    | Phase
+    | Ready
+    | Failed
+    | Adopt
+    | Returned
+    | Drain
+    | Drained
+    | Stop
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a new channel; neither is inheritable."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(sock: socket.socket, message: Message, fds: list[int] | None = None) -> None:
+    """Send one message and duplicates of `fds`; the caller keeps its own.
+
+    Raises:
+        OSError: the peer is gone (BrokenPipeError) or, for a non-blocking channel, its queue is
+        full.
+    """
+    packet = _encoder.encode(message)
+    assert len(packet) <= PACKET_SIZE_MAX, f"{type(message).__name__} of {len(packet)} bytes"
+    ancillary = []
+    if fds:
+        assert len(fds) <= DESCRIPTORS_MAX
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+    sock.sendmsg([packet], ancillary)
+
+
+def receive(sock: socket.socket) -> tuple[Message | None, list[int]]:
+    """The next message with its descriptors (the caller closes them); None at the end.
+
+    Raises:
+        BlockingIOError: the channel is non-blocking and empty.
+    """
+    try:
+        packet, ancillary, _, _ = sock.recvmsg(PACKET_SIZE_MAX, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        return None, []
+    fds = descriptors(ancillary)
+    if not packet:
+        for fd in fds:
+            os.close(fd)
+        return None, []
+    return _decoder.decode(packet), fds
+
+
+def descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors in a recvmsg's ancillary data."""
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return fds.tolist()
+
+
+def pack_residual(data: bytes | bytearray | memoryview) -> tuple[bytes, int, int | None]:
+    """Bytes for a message: (inline bytes, size of the memfd, memfd or None)."""
+    size = memoryview(data).nbytes
+    if size <= RESIDUAL_INLINE_MAX:
+        return bytes(data), 0, None
+    fd = os.memfd_create("residual", os.MFD_CLOEXEC)
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(fd, view) :]
+    return b"", size, fd
+
+
+def unpack_residual(residual: bytes, residual_size: int, fds: list[int]) -> bytes:
+    """The reverse; takes the memfd off the end of `fds` and closes it."""
+    if not residual_size:
+        return residual
+    fd = fds.pop()
+    try:
+        parts, offset = [], 0
+        while offset < residual_size:
+            part = os.pread(fd, residual_size - offset, offset)
+            assert part, "residual memfd shorter than announced"
+            parts.append(part)
+            offset += len(part)
+        return b"".join(parts)
+    finally:
+        os.close(fd)

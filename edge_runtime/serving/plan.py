@@ -1,0 +1,453 @@
+"""Plans and slots: everything about a request that does not change from one request to the next.
+
+Law of this file: memory and meaning of requests; no socket, no queue, no clock. A `Plan` is made
+once per distinct request header: it validates it against the model and knows every size. A `Slot`
+is the memory of one request under that plan, bound to the model once: inputs are received straight
+into it, the model writes its outputs straight into the response frame, and the response is one
+`send`. Slots are reused, so a worker in its stride allocates nothing and copies nothing that the
+kernel has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from edge_runtime import tensors
+from edge_runtime.errors import BackendError, RequestError
+from edge_runtime.tensors import TensorSpec
+from edge_runtime.wire import frames, messages
+from edge_runtime.wire.frames import Kind
+
+if TYPE_CHECKING:
+    from edge_runtime.backends.protocol import Model
+
+    Array = np.ndarray[Any, Any]
+
+ALIGNMENT = 64  # a cache line, and what vector loads of every runtime like best
+RESPONSE_KIND = Kind.INFER | frames.RESPONSE
+
+
+class Region(NamedTuple):
+    """Shared memory that a client passed; `writable`: not sealed against writing."""
+
+    number: int
+    memory: memoryview
+    fd: int
+    writable: bool
+
+
+class Output(NamedTuple):
+    """A wanted output: its spec, its shape if known before the run, and where it goes."""
+
+    spec: TensorSpec
+    shape: tuple[int, ...] | None
+    region: Region | None
+    offset: int
+    byte_size: int  # in the region: room there; inline: size, 0 if not known
+
+
+class Input(NamedTuple):
+    """A given input: its spec, concrete shape, and its place (in a region, or in the body)."""
+
+    spec: TensorSpec
+    shape: tuple[int, ...]
+    region: Region | None
+    offset: int
+    byte_size: int
+
+
+class Plan:
+    """What one request header means.
+
+    Attributes:
+        body_size: bytes of tensor data that must follow the header.
+        free: slots at rest.
+        static: every size is known beforehand, so slots are bound once.
+    """
+
+    __slots__ = ("body_size", "free", "inputs", "model", "names", "outputs", "slot_bytes", "static")
+
+    def __init__(
+        self,
+        model: Model,
+        names: tuple[str, str],
+        inputs: Sequence[Input],
+        outputs: Sequence[Output],
+        body_size: int,
+    ) -> None:
+        self.model = model
+        self.names = names
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.body_size = body_size
+        self.static = _is_static(inputs, outputs)
+        self.slot_bytes = body_size + sum(o.byte_size for o in outputs if o.region is None)
+        self.free: list[Slot] = []
+
+
+class Slot:
+    """The memory of one request.
+
+    Attributes:
+        body: where the request's tensor bytes are to be written (body_size bytes).
+        respond: runs the model; returns the frame to send, prefix not yet filled in.
+    """
+
+    __slots__ = ("body", "plan", "respond")
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        memory = aligned(plan.body_size)
+        self.body = memory.data
+        self.respond: Callable[[], memoryview] = (
+            _bound(plan, memory) if plan.static else _unbound(plan, memory)
+        )
+
+
+class Planner:
+    """Makes plans for one loaded model."""
+
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        version: int,
+        batch_axis: int | None,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+    ) -> None:
+        self._model = model
+        self._names = (name, str(version))
+        self._batch_axis = batch_axis
+        self._inputs = {spec.name: spec for spec in inputs}
+        self._outputs = {spec.name: spec for spec in outputs}
+
+    def plan(self, request: messages.InferRequest, regions: Mapping[int, Region]) -> Plan:
+        """The plan of a decoded header, `regions` being those of its connection.
+
+        Raises:
+            RequestError: unknown or missing tensors, wrong datatypes, shapes, sizes or regions.
+        """
+        offset = 0
+        inputs: list[Input] = []
+        for index, header in enumerate(request.inputs):
+            given = self._input(header, f"inputs[{index}]", offset, regions)
+            offset += given.byte_size if given.region is None else 0
+            inputs.append(given)
+        missing = self._inputs.keys() - {given.spec.name for given in inputs}
+        if missing or len(inputs) != len(self._inputs):
+            raise RequestError(
+                f"inputs {sorted(given.spec.name for given in inputs)}",
+                where=self._names[0],
+                expected=f"each of {sorted(self._inputs)} once",
+            )
+        batch = self._batch(inputs)
+        wanted = request.outputs or tuple(
+            messages.RequestedOutput(name=name) for name in self._outputs
+        )
+        outputs = [
+            self._output(one, f"outputs[{index}]", batch, regions)
+            for index, one in enumerate(wanted)
+        ]
+        return Plan(self._model, self._names, inputs, outputs, offset)
+
+    def _input(
+        self,
+        header: messages.TensorHeader,
+        where: str,
+        offset: int,
+        regions: Mapping[int, Region],
+    ) -> Input:
+        spec = self._inputs.get(header.name)
+        if spec is None:
+            raise RequestError(
+                f"unknown input {header.name!r}",
+                where=f"{where}.name",
+                expected=f"one of {sorted(self._inputs)}",
+            )
+        if header.datatype != spec.datatype:
+            raise RequestError(
+                f"datatype {header.datatype!r}",
+                where=f"{where}.datatype",
+                expected=spec.datatype,
+            )
+        if not tensors.shape_matches(header.shape, spec.shape):
+            raise RequestError(
+                f"shape {list(header.shape)}",
+                where=f"{where}.shape",
+                expected=f"{list(spec.shape)} (-1: any)",
+            )
+        shape = tuple(header.shape)
+        parameters = header.parameters
+        if parameters.shared_memory_region is not None:
+            size = tensors.byte_size(spec.datatype, shape)
+            region = _region(parameters, f"{where}.parameters", regions, size)
+            return Input(spec, shape, region, parameters.shared_memory_offset, size)
+        size = parameters.binary_data_size if parameters.binary_data_size is not None else -1
+        if spec.datatype == "BYTES":
+            tensors.elements(shape)
+            if size < 0:
+                raise RequestError("no binary_data_size", where=f"{where}.parameters")
+            return Input(spec, shape, None, offset, size)
+        want = tensors.byte_size(spec.datatype, shape)
+        if size not in (-1, want):
+            raise RequestError(
+                f"binary_data_size {size}",
+                where=f"{where}.parameters",
+                expected=f"{want} for {spec.datatype} {list(shape)}",
+            )
+        return Input(spec, shape, None, offset, want)
+
+    def _batch(self, inputs: Sequence[Input]) -> int | None:
+        axis = self._batch_axis
+        if axis is None:
+            return None
+        sizes = {given.shape[axis] for given in inputs if len(given.shape) > axis}
+        if len(sizes) > 1:
+            raise RequestError(
+                f"inputs have batch sizes {sorted(sizes)}", expected=f"one size along axis {axis}"
+            )
+        return sizes.pop() if sizes else None
+
+    def _output(
+        self,
+        wanted: messages.RequestedOutput,
+        where: str,
+        batch: int | None,
+        regions: Mapping[int, Region],
+    ) -> Output:
+        spec = self._outputs.get(wanted.name)
+        if spec is None:
+            raise RequestError(
+                f"unknown output {wanted.name!r}",
+                where=f"{where}.name",
+                expected=f"one of {sorted(self._outputs)}",
+            )
+        shape = self._output_shape(spec, batch)
+        size = tensors.byte_size(spec.datatype, shape) if shape is not None else 0
+        parameters = wanted.parameters
+        if parameters.shared_memory_region is None:
+            return Output(spec, shape, None, 0, size)
+        region = _region(parameters, f"{where}.parameters", regions, size)
+        if not region.writable:
+            raise RequestError(
+                f"region {region.number} is sealed against writing", where=f"{where}.parameters"
+            )
+        room = parameters.shared_memory_byte_size or size
+        return Output(spec, shape, region, parameters.shared_memory_offset, room)
+
+    def _output_shape(self, spec: TensorSpec, batch: int | None) -> tuple[int, ...] | None:
+        if spec.datatype == "BYTES":
+            return None
+        shape = list(spec.shape)
+        axis = self._batch_axis
+        if axis is not None and batch is not None and len(shape) > axis and shape[axis] == -1:
+            shape[axis] = batch
+        return None if -1 in shape else tuple(shape)
+
+
+def aligned(size: int) -> Array:
+    """`size` bytes whose first is at a multiple of ALIGNMENT; not cleared."""
+    memory = np.empty(size + ALIGNMENT, dtype=np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size]
+
+
+def _region(
+    parameters: messages.TensorParameters, where: str, regions: Mapping[int, Region], size: int
+) -> Region:
+    number = parameters.shared_memory_region
+    region = regions.get(number) if number is not None else None
+    if region is None:
+        raise RequestError(
+            f"region {number} was not added on this connection",
+            where=f"{where}.shared_memory_region",
+            expected=f"one of {sorted(regions)}" if regions else "a REGION_ADD before it",
+        )
+    room, offset = parameters.shared_memory_byte_size, parameters.shared_memory_offset
+    if room and room < size:
+        raise RequestError(
+            f"shared_memory_byte_size {room}", where=where, expected=f">= {size} bytes"
+        )
+    if offset < 0 or offset + max(room, size) > region.memory.nbytes:
+        raise RequestError(
+            f"bytes {offset}..{offset + max(room, size)} of region {number}",
+            where=where,
+            expected=f"within its {region.memory.nbytes} bytes",
+        )
+    return region
+
+
+def _is_static(inputs: Sequence[Input], outputs: Sequence[Output]) -> bool:
+    """Whether slots can be bound: fixed sizes, and every tensor at a multiple of its element."""
+    if any(given.spec.datatype == "BYTES" for given in inputs):
+        return False
+    if any(output.shape is None for output in outputs):
+        return False
+    offset = 0
+    for given in inputs:
+        if given.offset % _item(given.spec):
+            return False
+    for output in outputs:
+        if (offset if output.region is None else output.offset) % _item(output.spec):
+            return False
+        offset += output.byte_size if output.region is None else 0
+    return True
+
+
+def _item(spec: TensorSpec) -> int:
+    return tensors.DATATYPES[spec.datatype][1] or 1
+
+
+def _view(memory: memoryview, spec: TensorSpec, shape: tuple[int, ...], offset: int) -> Array:
+    dtype = np.dtype(tensors.DATATYPES[spec.datatype][0])
+    count = tensors.elements(shape)
+    return np.frombuffer(memory, dtype=dtype, count=count, offset=offset).reshape(shape)
+
+
+def _input_arrays(plan: Plan, memory: memoryview) -> dict[str, Array]:
+    return {
+        given.spec.name: _view(
+            memory if given.region is None else given.region.memory,
+            given.spec,
+            given.shape,
+            given.offset,
+        )
+        for given in plan.inputs
+    }
+
+
+def _bound(plan: Plan, memory: Array) -> Callable[[], memoryview]:
+    """Bind the model to the slot's memory; outputs land in the response frame."""
+    shapes = {output.spec.name: output.shape or () for output in plan.outputs}
+    header = response_header(plan, shapes, {})
+    head = frames.PREFIX_SIZE + len(header)
+    total = head + sum(output.byte_size for output in plan.outputs if output.region is None)
+    response = aligned(total)
+    response[frames.PREFIX_SIZE : head] = np.frombuffer(header, dtype=np.uint8)
+    view = response.data
+    view[: frames.PREFIX_SIZE] = frames.encode_prefix(RESPONSE_KIND, len(header), total - head)
+    offset = head
+    outputs: dict[str, Array | None] = {}
+    for output in plan.outputs:
+        shape = output.shape or ()
+        if output.region is None:
+            outputs[output.spec.name] = _view(view, output.spec, shape, offset)
+            offset += output.byte_size
+        else:
+            outputs[output.spec.name] = _view(
+                output.region.memory, output.spec, shape, output.offset
+            )
+    run = plan.model.bind(_input_arrays(plan, memory.data), outputs)
+
+    def respond() -> memoryview:
+        run()
+        return view
+
+    return respond
+
+
+def _unbound(plan: Plan, memory: Array) -> Callable[[], memoryview]:
+    """The slow and right way: for strings, free output shapes and unaligned tensors."""
+    body = memory.data
+
+    def respond() -> memoryview:
+        arrays = {}
+        for given in plan.inputs:
+            source = body if given.region is None else given.region.memory
+            data = source[given.offset : given.offset + given.byte_size]
+            if given.spec.datatype != "BYTES":
+                data = memoryview(bytes(data))  # moves it to an aligned place
+            arrays[given.spec.name] = tensors.from_bytes(data, given.spec.datatype, given.shape)
+        results = plan.model.run(arrays)
+        return _assemble(plan, results)
+
+    return respond
+
+
+def _assemble(plan: Plan, results: Mapping[str, Array]) -> memoryview:
+    parts: list[memoryview] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    sizes: dict[str, int] = {}
+    for output in plan.outputs:
+        array = results[output.spec.name]
+        data = tensors.to_bytes(array)
+        shapes[output.spec.name] = tuple(array.shape)
+        sizes[output.spec.name] = data.nbytes
+        if output.region is None:
+            parts.append(data)
+            continue
+        if data.nbytes > output.byte_size:
+            raise RequestError(
+                f"output {output.spec.name!r} has {data.nbytes} bytes",
+                where="shared_memory_byte_size",
+                expected=f"<= the {output.byte_size} bytes offered",
+            )
+        output.region.memory[output.offset : output.offset + data.nbytes] = data
+    header = response_header(plan, shapes, sizes)
+    body_size = sum(part.nbytes for part in parts)
+    prefix = frames.encode_prefix(RESPONSE_KIND, len(header), body_size)
+    return memoryview(bytearray(b"".join([prefix, header, *parts])))
+
+
+def response_header(
+    plan: Plan, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
+) -> bytes:
+    """The padded header of a response; `sizes` only where a shape does not say it (BYTES)."""
+    entries = []
+    for output in plan.outputs:
+        name = output.spec.name
+        size = sizes.get(name, output.byte_size)
+        if output.region is None:
+            parameters = messages.TensorParameters(binary_data_size=size)
+        else:
+            parameters = messages.TensorParameters(
+                shared_memory_region=output.region.number,
+                shared_memory_offset=output.offset,
+                shared_memory_byte_size=size,
+            )
+        entries.append(
+            messages.TensorHeader(
+                name=name,
+                datatype=output.spec.datatype,
+                shape=shapes[name],
+                parameters=parameters,
+            )
+        )
+    return messages.encode_header(
+        messages.InferResponse(
+            model_name=plan.names[0], model_version=plan.names[1], outputs=tuple(entries)
+        )
+    )
+
+
+def check_signature(
+    model: Model, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> None:
+    """The loaded artifact must have the inputs and outputs that the manifest promises.
+
+    Raises:
+        BackendError: a name, datatype or number of dimensions differs.
+    """
+    for kind, promised, real in (
+        ("input", inputs, model.inputs),
+        ("output", outputs, model.outputs),
+    ):
+        have = {spec.name: spec for spec in real}
+        if kind == "input" and have.keys() != {spec.name for spec in promised}:
+            raise BackendError(
+                f"the artifact has inputs {sorted(have)}",
+                where="model.yaml: inputs",
+                expected=f"{sorted(spec.name for spec in promised)}",
+            )
+        for spec in promised:
+            found = have.get(spec.name)
+            if found is None or found.datatype != spec.datatype:
+                raise BackendError(
+                    f"the artifact has no {kind} {spec.name!r} of {spec.datatype}",
+                    where=f"model.yaml: {kind}s",
+                    expected=f"one of {[(one.name, one.datatype) for one in real]}",
+                )

@@ -1,0 +1,191 @@
+"""From a forked template to a serving worker, step by step.
+
+Law of this file: `become_worker` is the ordered list of what happens in a new worker; nothing is
+served before its last step, and a failure at any step is reported with its name and ends the
+process. The loop itself is `worker`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from edge_runtime import tensors
+from edge_runtime.clock import monotonic_ns
+from edge_runtime.errors import BackendError, BundleError, EdgeError
+from edge_runtime.serving import channel, goldens, page, plan, sandbox
+from edge_runtime.serving.spec import WorkerSpec
+from edge_runtime.serving.worker import Worker
+
+if TYPE_CHECKING:
+    from edge_runtime.backends.protocol import Backend, Model
+
+Array = np.ndarray[Any, Any]
+
+EXIT_FAILED = 70  # sysexits.h EX_SOFTWARE: the reason went over the channel
+# How long a worker waits to be handed from its dying intermediate parent to the supervisor.
+ADOPTION_S_MAX = 5.0
+
+
+def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, page_fd: int) -> int:
+    """Everything a worker does; returns its exit code."""
+    phase = "start"
+
+    def enter(name: str) -> None:
+        nonlocal phase
+        phase = name
+        status[page.RUN_BEGAN] = 0
+        channel.send(control, channel.Phase(name))
+
+    try:
+        status = page.words(page_fd)
+        _belong_to(spec.supervisor_pid)
+        measures = _confine(spec)
+        enter("load")
+        began_ns = monotonic_ns()
+        _verify(spec)
+        model = backend.load(Path(spec.artifact), spec.options)
+        plan.check_signature(model, spec.inputs, spec.outputs)
+        load_ms = _ms_since(began_ns)
+        enter("warmup")
+        began_ns = monotonic_ns()
+        run_ms = _warm_up(model, spec)
+        warmup_ms = _ms_since(began_ns)
+        enter("goldens")
+        worst = goldens.check(model.run, spec.goldens, spec.rtol, spec.atol)
+        runners = _runners(spec, run_ms, model.concurrent)
+        planner = plan.Planner(
+            model, spec.model, spec.version, spec.batch_axis, spec.inputs, spec.outputs
+        )
+        worker = Worker(spec, planner, control, status, runners)
+        channel.send(
+            control,
+            channel.Ready(
+                load_ms=load_ms,
+                warmup_ms=warmup_ms,
+                run_ms_p50=run_ms,
+                goldens=len(spec.goldens),
+                runners=runners,
+                placement=[msgspec.to_builtins(place) for place in model.placement],
+                golden_deviation=worst,
+                sandbox=measures,
+            ),
+        )
+    except EdgeError as error:
+        return _fail(control, phase, error)
+    except MemoryError:
+        return _fail(control, phase, _too_little_memory(spec))
+    except Exception as error:  # noqa: BLE001 - a worker says why it ends, whatever it was
+        return _fail(control, phase, BackendError(f"{type(error).__name__}: {error}"))
+    worker.serve()
+    return 0
+
+
+def _fail(control: socket.socket, phase: str, error: EdgeError) -> int:
+    try:
+        channel.send(control, channel.Failed(phase, error.document()))
+    except OSError:
+        pass  # nobody is left to tell
+    return EXIT_FAILED
+
+
+def _too_little_memory(spec: WorkerSpec) -> BackendError:
+    limit = spec.limits.memory_bytes_max
+    return BackendError(
+        "not enough memory",
+        where=f"{spec.model}@{spec.version}",
+        expected=f"<= {limit} bytes" if limit else "",
+        remedy="raise memory_bytes_max or use a smaller variant",
+    )
+
+
+def _belong_to(supervisor_pid: int) -> None:
+    """Become the supervisor's child and end with it."""
+    deadline_ns = monotonic_ns() + round(ADOPTION_S_MAX * 1e9)
+    while os.getppid() != supervisor_pid:  # the intermediate process is about to end
+        if monotonic_ns() > deadline_ns:
+            raise BackendError(f"not adopted by the supervisor {supervisor_pid}")
+        time.sleep(0.0002)
+    sandbox.die_with_parent(signal.SIGKILL)
+    if os.getppid() != supervisor_pid:
+        sys.exit(0)
+
+
+def _confine(spec: WorkerSpec) -> list[str]:
+    """Name, place and bounds of the process, before any model is touched."""
+    sandbox.set_name(f"edge:{spec.model}")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is the supervisor's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if spec.cpus:
+        os.sched_setaffinity(0, spec.cpus)
+    if spec.nice:
+        os.nice(spec.nice)
+    sandbox.set_limits(spec.limits.memory_bytes_max, spec.limits.open_files_max)
+    if not spec.sandbox:
+        return ["off by configuration"]
+    files = [Path(spec.artifact)]
+    files += [Path(one.path) for pair in spec.goldens for one in (*pair.inputs, *pair.outputs)]
+    return sandbox.apply(files)
+
+
+def _verify(spec: WorkerSpec) -> None:
+    """No native loader sees bytes that changed since they were installed."""
+    with Path(spec.artifact).open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != spec.artifact_sha256:
+        raise BundleError(
+            f"the artifact changed on disk: its sha256 is {found}",
+            where=spec.artifact,
+            expected=spec.artifact_sha256,
+            remedy="install the bundle again to repair it; check the medium",
+        )
+
+
+def _warm_up(model: Model, spec: WorkerSpec) -> float:
+    """Run a few times with recorded (or else zero) inputs; the median in ms."""
+    inputs = goldens.inputs_of(spec.goldens[0]) if spec.goldens else zeros(spec.inputs)
+    times_ms = [_timed_ms(model.run, inputs) for _ in range(max(spec.warmup_runs, 1))]
+    return statistics.median(times_ms)
+
+
+def zeros(specs: tuple[tensors.TensorSpec, ...]) -> dict[str, Array]:
+    """An input of zeros, every free dimension 1."""
+    arrays: dict[str, Array] = {}
+    for spec in specs:
+        shape = tuple(1 if dim < 0 else dim for dim in spec.shape)
+        array: Array = np.zeros(shape, dtype=np.dtype(tensors.DATATYPES[spec.datatype][0]))
+        if spec.datatype == "BYTES":
+            array.fill(b"")
+        arrays[spec.name] = array
+    return arrays
+
+
+def _timed_ms(run: Callable[[Mapping[str, Array]], object], inputs: Mapping[str, Array]) -> float:
+    began_ns = monotonic_ns()
+    run(inputs)
+    return _ms_since(began_ns)
+
+
+def _runners(spec: WorkerSpec, run_ms: float, concurrent: bool) -> int:
+    if not concurrent:
+        return 1 if spec.runners else 0
+    if spec.runners >= 0:
+        return min(spec.runners, page.RUNNERS_MAX)
+    if run_ms < spec.runner_threshold_ms:
+        return 0
+    return min(len(os.sched_getaffinity(0)), page.RUNNERS_MAX)
+
+
+def _ms_since(began_ns: int) -> float:
+    return (monotonic_ns() - began_ns) / 1e6

@@ -1,0 +1,71 @@
+"""What a worker is told when it is forked.
+
+Law of this file: values only; the daemon writes them, the worker obeys them. Paths are absolute and
+point into the store; everything in the spec was linted before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from edge_runtime.tensors import TensorSpec
+
+
+class GoldenFile(msgspec.Struct, frozen=True):
+    """A recorded tensor and the file of raw little-endian bytes that holds it."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    path: str
+
+
+class GoldenPair(msgspec.Struct, frozen=True):
+    """One recorded run: inputs and the outputs it must give."""
+
+    inputs: tuple[GoldenFile, ...]
+    outputs: tuple[GoldenFile, ...]
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """The bounds of one worker; units in the names, reasons in `config`."""
+
+    queue_requests_max: int = 64
+    queue_bytes_max: int = 64 * 1024 * 1024
+    frame_body_bytes_max: int = 64 * 1024 * 1024
+    regions_per_connection_max: int = 16
+    region_bytes_max: int = 256 * 1024 * 1024
+    priority_max: int = 255
+    memory_bytes_max: int = 0  # 0: not limited
+    open_files_max: int = 1024
+
+
+class WorkerSpec(msgspec.Struct, frozen=True):
+    """One worker: one variant of one version of one model."""
+
+    model: str
+    version: int
+    generation: int
+    variant: str
+    backend: str
+    artifact: str
+    artifact_sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batch_axis: int | None = None
+    label: str = ""
+    options: dict[str, Any] = {}
+    goldens: tuple[GoldenPair, ...] = ()
+    rtol: float = 1e-3
+    atol: float = 1e-4
+    metadata: bytes = b"{}"  # the answer to MODEL_METADATA, JSON
+    runners: int = -1  # -1: decided by a measurement at warm-up; 0: inline
+    runner_threshold_ms: float = 2.0
+    warmup_runs: int = 3
+    cpus: tuple[int, ...] = ()
+    nice: int = 0
+    sandbox: bool = True
+    supervisor_pid: int = 0
+    limits: Limits = Limits()

@@ -1,0 +1,114 @@
+"""A template: a process that has imported one backend's library and does nothing but fork.
+
+Law of this file: it never loads a model, opens no file of a user and holds no descriptor but its
+channel. Started by the supervisor as `python -m edge_runtime.serving.template BACKEND` with the
+channel as descriptor 3; ends when the channel does. If the library dies at import, it is this
+process that dies, and the supervisor knows which library it was.
+
+A worker is forked twice over, so that it becomes a child of the supervisor (which is a subreaper):
+the supervisor alone then learns how every worker ended.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import sys
+
+import msgspec
+
+from edge_runtime.backends import backend as backend_named
+from edge_runtime.backends.protocol import Backend
+from edge_runtime.clock import monotonic_ns
+from edge_runtime.errors import BackendError, EdgeError
+from edge_runtime.serving import channel, sandbox
+from edge_runtime.serving.spec import WorkerSpec
+
+
+def main(name: str) -> int:
+    """Import the library, then fork on demand until the channel closes."""
+    control = socket.socket(fileno=channel.TEMPLATE_FD)
+    sandbox.set_name(f"edge-t:{name}")
+    sandbox.die_with_parent(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    began_ns = monotonic_ns()
+    try:
+        backend = backend_named(name)
+        version = backend.version()
+        import edge_runtime.serving.process  # noqa: F401 - numpy and the loop, before any fork
+    except EdgeError as error:
+        channel.send(control, channel.Failed("import", error.document()))
+        return 70
+    except Exception as error:  # noqa: BLE001 - foreign imports raise anything
+        failure = BackendError(f"{type(error).__name__}: {error}", where=name)
+        channel.send(control, channel.Failed("import", failure.document()))
+        return 70
+    import_ms = (monotonic_ns() - began_ns) / 1e6
+    # What is alive now stays: keep the collector from touching (and so copying) its pages in
+    # workers.
+    gc.collect()
+    gc.freeze()
+    channel.send(control, channel.TemplateReady(version, import_ms, backend.fork_safe))
+    while True:
+        message, fds = channel.receive(control)
+        if not isinstance(message, channel.Fork):
+            return 0  # Stop, or the supervisor is gone
+        _fork(backend, control, message, fds)
+
+
+def _fork(backend: Backend, control: socket.socket, order: channel.Fork, fds: list[int]) -> None:
+    """Fork a worker for `order` and report its process id; descriptors: channel, page, spec."""
+    read_fd, write_fd = os.pipe()
+    try:
+        intermediate = os.fork()
+    except OSError as error:
+        channel.send(control, channel.Forked(order.token, 0, error.strerror or str(error)))
+        return
+    finally_close = [read_fd, write_fd, *fds]
+    if intermediate == 0:
+        _intermediate(backend, control, fds, read_fd, write_fd)
+    os.close(write_fd)
+    finally_close.remove(write_fd)
+    pid = int(os.read(read_fd, 32) or b"0")
+    os.waitpid(intermediate, 0)
+    for fd in finally_close:
+        os.close(fd)
+    channel.send(control, channel.Forked(order.token, pid, "" if pid else "fork failed"))
+
+
+def _intermediate(
+    backend: Backend, control: socket.socket, fds: list[int], read_fd: int, write_fd: int
+) -> None:
+    """Fork once more and end, so that the worker is orphaned to the supervisor. Never returns."""
+    try:
+        pid = os.fork()
+    except OSError:
+        os._exit(1)
+    if pid:
+        os.write(write_fd, b"%d" % pid)
+        os._exit(0)
+    code = 70
+    try:
+        os.close(read_fd)
+        os.close(write_fd)
+        control.close()
+        code = _worker(backend, fds)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _worker(backend: Backend, fds: list[int]) -> int:
+    from edge_runtime.serving import process
+
+    channel_fd, page_fd, spec_fd = fds
+    with os.fdopen(spec_fd, "rb") as file:
+        spec = msgspec.msgpack.decode(file.read(), type=WorkerSpec)
+    return process.become_worker(backend, spec, socket.socket(fileno=channel_fd), page_fd)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

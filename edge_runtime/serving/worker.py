@@ -1,0 +1,728 @@
+"""The worker loop: one thread, one epoll, one model.
+
+Law of this file: it moves requests from sockets to the model and answers back, within the limits
+of its spec, and hands connections over when told. What a request means is `plan`'s, what a
+connection holds is `connection`'s; how the process came to be is `process`'s. Nothing here blocks
+except `epoll.poll` and, for models without runners, the model itself. If this process dies, its
+connections close and nobody else notices.
+
+A turn: wait, read what is readable, admit it (or refuse it at once), run one, answer. Small models
+run in this thread; slower ones in a few runner threads, so that reading and refusing go on
+meanwhile.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import select
+import socket
+import threading
+from collections import deque
+from queue import SimpleQueue
+from struct import error as StructError
+
+from edge_runtime.clock import monotonic_ns as _monotonic_ns
+from edge_runtime.errors import (
+    DeadlineError,
+    EdgeError,
+    InternalError,
+    MalformedError,
+    OverloadedError,
+    RequestError,
+    TooLargeError,
+)
+from edge_runtime.serving import channel, connection, page
+from edge_runtime.serving.connection import Connection
+from edge_runtime.serving.plan import Plan, Planner, Slot
+from edge_runtime.serving.spec import WorkerSpec
+from edge_runtime.wire import frames, messages
+from edge_runtime.wire.frames import HEADER_SIZE_MAX, MAGIC, PREFIX, PREFIX_SIZE, VERSION, Kind
+
+# Distinct request headers remembered: clients send a handful; more are planned anew each time
+# round.
+PLANS_MAX = 256
+# Memory of slots at rest: what a busy minute needed is given back when it is more than this.
+IDLE_SLOT_BYTES_MAX = 32 * 1024 * 1024
+# A peer that sends half a frame, or does not take its answer, holds a slot: not for longer than
+# this.
+STALL_S_MAX = 30.0
+SWEEP_S = 1.0
+# Descriptors that came with frames which take none: a client that goes on sending them is broken.
+STRAY_MAX = 8
+# One descriptor a frame is legal; room for two shows the mistake instead of hiding it.
+_ANCILLARY = socket.CMSG_SPACE(2 * 4)
+_INFER = int(Kind.INFER)
+_MODEL_KINDS = frozenset(int(kind) for kind in frames.MODEL_KINDS)
+_DROPPED_FLAGS = socket.MSG_CTRUNC
+
+
+class Request:
+    """One admitted request. `prefix` and `header` are kept only while its body is on its way."""
+
+    __slots__ = (
+        "connection",
+        "deadline_ns",
+        "filled",
+        "header",
+        "plan",
+        "prefix",
+        "priority",
+        "read_ns",
+        "request_id",
+        "slot",
+    )
+
+    def __init__(
+        self,
+        owner: Connection,
+        plan: Plan,
+        slot: Slot,
+        request_id: int,
+        deadline_ns: int,
+        priority: int,
+        read_ns: int,
+    ) -> None:
+        self.connection = owner
+        self.plan = plan
+        self.slot: Slot | None = slot
+        self.request_id = request_id
+        self.deadline_ns = deadline_ns
+        self.priority = priority
+        self.read_ns = read_ns
+        self.filled = 0
+        self.prefix = b""
+        self.header = b""
+
+
+class Worker:
+    """Serves one loaded model until told to stop or the channel closes."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        planner: Planner,
+        control: socket.socket,
+        status: memoryview,
+        runners: int,
+    ) -> None:
+        self._spec = spec
+        self._planner = planner
+        self._control = control
+        self._status = status
+        self._limits = spec.limits
+        self._plans: dict[bytes, Plan] = {}
+        self._connections: dict[int, Connection] = {}
+        self._pending: list[tuple[int, int, Request]] = []  # heap: (-priority, order, request)
+        self._order = 0
+        self._slot_bytes_used = 0
+        self._slot_bytes_idle = 0
+        self._run_ns_mean = 0.0  # of recent runs: what retry_after_s is made of
+        self._epoll = select.epoll()
+        self._epoll.register(control.fileno(), select.EPOLLIN)
+        self._sweep_at_ns = 0
+        self._draining = False
+        self._drained = 0
+        self._stopping = False
+        self._runners = Runners(runners, status) if runners else None
+        if self._runners:
+            self._epoll.register(self._runners.wake_fd, select.EPOLLIN)
+        self._version = str(spec.version)
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Run until Stop, or until the supervisor is gone."""
+        poll = self._epoll.poll
+        connections = self._connections
+        control_fd = self._control.fileno()
+        wake_fd = self._runners.wake_fd if self._runners else -1
+        while not self._stopping:
+            ready = poll(0 if self._pending and not self._runners else SWEEP_S)
+            for fd, events in ready:
+                owner = connections.get(fd)
+                if owner is not None:
+                    if events & select.EPOLLOUT:
+                        self._flush(owner)
+                    if events & ~select.EPOLLOUT and owner.fd in connections:
+                        self._readable(owner)
+                elif fd == control_fd:
+                    self._told()
+                elif fd == wake_fd:
+                    self._collect()
+            if self._pending:
+                self._run_pending()
+            now_ns = _monotonic_ns()
+            self._status[page.LOOP_NS] = now_ns
+            if now_ns > self._sweep_at_ns:
+                self._sweep(now_ns)
+
+    def _run_pending(self) -> None:
+        if self._runners is None:
+            request = heapq.heappop(self._pending)[2]
+            self._status[page.WAITING] = len(self._pending)
+            self._run_inline(request)
+            return
+        while self._pending and self._runners.idle:
+            request = heapq.heappop(self._pending)[2]
+            if not self._expired(request):
+                self._runners.start(request)
+        self._status[page.WAITING] = len(self._pending)
+
+    def _sweep(self, now_ns: int) -> None:
+        """Once a second: close connections that hold memory and do not move."""
+        self._sweep_at_ns = now_ns + round(SWEEP_S * 1e9)
+        limit_ns = now_ns - round(STALL_S_MAX * 1e9)
+        for owner in list(self._connections.values()):
+            if 0 < owner.stalled_since_ns < limit_ns:
+                self._close(owner)
+        if self._slot_bytes_idle > IDLE_SLOT_BYTES_MAX:
+            for plan in self._plans.values():
+                plan.free.clear()
+            self._slot_bytes_idle = 0
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    def _readable(self, owner: Connection) -> None:
+        receiving = owner.receiving
+        if receiving is not None:
+            assert receiving.slot is not None
+            room = receiving.slot.body[receiving.filled :]
+        else:
+            room = owner.make_room()
+        try:
+            count, ancillary, flags, _ = owner.sock.recvmsg_into((room,), _ANCILLARY)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._close(owner)
+            return
+        if ancillary or flags & _DROPPED_FLAGS:
+            owner.stray += channel.descriptors(ancillary)
+            if len(owner.stray) > STRAY_MAX:
+                self._close(owner)
+                return
+        if not count:
+            self._close(owner)
+        elif receiving is not None:
+            receiving.filled += count
+            if receiving.filled == receiving.plan.body_size:
+                owner.receiving = None
+                owner.stalled_since_ns = 0
+                self._admit(receiving)
+        else:
+            owner.end += count
+            self._parse(owner)
+
+    def _parse(self, owner: Connection) -> None:
+        """Use up the bytes read: every whole frame, and the beginning of a large one."""
+        read_ns = _monotonic_ns()
+        while owner.receiving is None and not owner.leaving:
+            have = owner.end - owner.start
+            if owner.skip and have:
+                used = min(owner.skip, have)
+                owner.skip -= used
+                owner.start += used
+                continue
+            if have < PREFIX_SIZE:
+                break
+            start = owner.start
+            magic, version, kind, priority, flags, header_size, body_size, request_id, time_ns = (
+                PREFIX.unpack_from(owner.buffer, start)
+            )
+            if magic != MAGIC or version != VERSION or flags or header_size > HEADER_SIZE_MAX:
+                self._malformed(owner)
+                return
+            body_at = start + PREFIX_SIZE + header_size
+            if owner.end < body_at:
+                break
+            header = bytes(owner.view[start + PREFIX_SIZE : body_at])
+            if kind != _INFER:
+                if not self._other_kind(owner, kind, header, body_size, request_id, body_at):
+                    return
+                continue
+            plan = self._plans.get(header)
+            if plan is None:
+                plan = self._plan(owner, header, body_size, request_id, body_at)
+                if plan is None:
+                    continue
+            slot = self._acquire(owner, plan, body_size, request_id, body_at)
+            if slot is None:
+                continue
+            request = Request(owner, plan, slot, request_id, time_ns, priority, read_ns)
+            stop = body_at + body_size
+            if stop <= owner.end:
+                owner.start = stop
+                if body_size:
+                    slot.body[:] = owner.view[body_at:stop]
+                self._admit(request)
+            else:
+                request.filled = owner.end - body_at
+                slot.body[: request.filled] = owner.view[body_at : owner.end]
+                request.prefix = bytes(owner.view[start : start + PREFIX_SIZE])
+                request.header = header
+                owner.start = owner.end
+                owner.receiving = request
+        if owner.receiving is not None or owner.start != owner.end or owner.skip:
+            owner.stalled_since_ns = owner.stalled_since_ns or read_ns
+        elif not owner.outbox:
+            owner.stalled_since_ns = 0
+        if owner.leaving and not owner.in_flight:
+            self._give_back(owner)
+
+    def _malformed(self, owner: Connection) -> None:
+        try:
+            frames.decode_prefix(owner.buffer, owner.start)
+        except (MalformedError, TooLargeError, StructError) as error:
+            self._answer_error(
+                owner, 0, error if isinstance(error, EdgeError) else MalformedError("")
+            )
+        self._close(owner)
+
+    def _skip_body(self, owner: Connection, body_at: int, body_size: int) -> None:
+        owner.start = min(body_at + body_size, owner.end)
+        owner.skip = body_at + body_size - owner.start
+
+    def _plan(
+        self, owner: Connection, header: bytes, body_size: int, request_id: int, body_at: int
+    ) -> Plan | None:
+        """The plan of a header not seen lately; None when it was answered or is not for us."""
+        plan = owner.plans.get(header)
+        if plan is not None:
+            return plan
+        try:
+            request = messages.decode_infer_request(header)
+            if not self._ours(request.model_name, request.model_version):
+                self._leave(owner)
+                return None
+            plan = self._planner.plan(request, owner.regions)
+        except EdgeError as error:
+            self._refuse(owner, error, request_id, body_at, body_size)
+            return None
+        shared = any(one.region for one in plan.inputs) or any(one.region for one in plan.outputs)
+        plans = owner.plans if shared else self._plans
+        if len(plans) >= PLANS_MAX:
+            oldest = plans.pop(next(iter(plans)))
+            self._slot_bytes_idle -= oldest.slot_bytes * len(oldest.free)
+        plans[header] = plan
+        return plan
+
+    def _ours(self, name: str, version: str) -> bool:
+        return name == self._spec.model and version in ("", self._version)
+
+    def _acquire(
+        self, owner: Connection, plan: Plan, body_size: int, request_id: int, body_at: int
+    ) -> Slot | None:
+        """Memory for a request, or None when it was refused."""
+        limits = self._limits
+        error: EdgeError
+        if body_size != plan.body_size:
+            if body_size > limits.frame_body_bytes_max:
+                error = self._too_large(body_size)
+            else:
+                error = RequestError(
+                    f"body of {body_size} bytes", expected=f"{plan.body_size} as the header says"
+                )
+        elif body_size > limits.frame_body_bytes_max:
+            error = self._too_large(body_size)
+        elif (
+            len(self._pending) >= limits.queue_requests_max
+            or self._slot_bytes_used + plan.slot_bytes > limits.queue_bytes_max
+        ):
+            error = self._overloaded()
+            self._status[page.REFUSED] += 1
+        else:
+            self._slot_bytes_used += plan.slot_bytes
+            if plan.free:
+                self._slot_bytes_idle -= plan.slot_bytes
+                return plan.free.pop()
+            try:
+                return Slot(plan)
+            except EdgeError as failure:
+                self._slot_bytes_used -= plan.slot_bytes
+                error = failure
+            except MemoryError:
+                self._slot_bytes_used -= plan.slot_bytes
+                error = self._overloaded()
+        self._refuse(owner, error, request_id, body_at, body_size)
+        return None
+
+    def _too_large(self, body_size: int) -> TooLargeError:
+        return TooLargeError(
+            f"body of {body_size} bytes",
+            expected=f"<= {self._limits.frame_body_bytes_max}",
+            remedy="pass large tensors by shared memory (REGION_ADD)",
+        )
+
+    def _overloaded(self) -> OverloadedError:
+        waiting = len(self._pending) + 1
+        lanes = self._runners.count if self._runners else 1
+        wait_s = max(waiting * self._run_ns_mean / lanes / 1e9, 0.001)
+        return OverloadedError(
+            f"{len(self._pending)} requests wait for {self._spec.model}",
+            where=self._spec.model,
+            expected=f"<= {self._limits.queue_requests_max} requests and "
+            f"{self._limits.queue_bytes_max} bytes",
+            retry_after_s=round(wait_s, 4),
+        )
+
+    def _refuse(
+        self, owner: Connection, error: EdgeError, request_id: int, body_at: int, body_size: int
+    ) -> None:
+        self._skip_body(owner, body_at, body_size)
+        if not isinstance(error, OverloadedError):
+            self._status[page.ERRORS] += 1
+        self._answer_error(owner, request_id, error)
+
+    # -- what is not an inference ------------------------------------------------------------------
+
+    def _other_kind(
+        self,
+        owner: Connection,
+        kind: int,
+        header: bytes,
+        body_size: int,
+        request_id: int,
+        body_at: int,
+    ) -> bool:
+        """Answer a frame that is not INFER; False: the connection is gone or leaves."""
+        try:
+            frames.decode_prefix(owner.buffer, owner.start)
+            if kind not in _MODEL_KINDS:
+                self._leave(owner)
+                return True
+            if not self._ours(*_named(kind, header)):
+                self._leave(owner)
+                return True
+            reply = self._reply(owner, kind, header)
+        except MalformedError:
+            self._malformed(owner)
+            return False
+        except EdgeError as error:
+            self._refuse(owner, error, request_id, body_at, body_size)
+            return True
+        self._skip_body(owner, body_at, body_size)
+        self._send(
+            owner,
+            memoryview(
+                messages.encode_frame(kind | frames.RESPONSE, *reply, request_id=request_id)
+            ),
+            None,
+        )
+        return owner.fd in self._connections
+
+    def _reply(self, owner: Connection, kind: int, header: bytes) -> tuple[bytes, bytes]:
+        """Header and body of the answer. Raises EdgeError."""
+        if kind == Kind.MODEL_READY:
+            return messages.encode_header({"name": self._spec.model, "ready": True}), b""
+        if kind == Kind.MODEL_METADATA:
+            padded = frames.pad_header(self._spec.metadata)
+            if len(padded) <= HEADER_SIZE_MAX:
+                return padded, b""
+            return frames.pad_header(b'{"in_body":true}'), padded
+        if kind == Kind.REGION_ADD:
+            self._add_region(owner, messages.decode_region_add(header))
+        else:
+            number = messages.decode_region_drop(header).region
+            if not owner.drop_region(number):
+                raise RequestError(f"region {number} was not added", where="header $.region")
+        return messages.encode_header({}), b""
+
+    def _add_region(self, owner: Connection, region: messages.RegionAdd) -> None:
+        fds, owner.stray = owner.stray, []
+        try:
+            if len(fds) != 1:
+                raise RequestError(
+                    f"{len(fds)} descriptors came with REGION_ADD",
+                    expected="exactly one memfd, attached to the frame",
+                )
+            limits = self._limits
+            if region.byte_size > limits.region_bytes_max:
+                raise TooLargeError(
+                    f"region of {region.byte_size} bytes",
+                    where="header $.byte_size",
+                    expected=f"<= {limits.region_bytes_max}",
+                )
+            if (
+                region.region not in owner.regions
+                and len(owner.regions) >= limits.regions_per_connection_max
+            ):
+                raise RequestError(
+                    f"{len(owner.regions)} regions on this connection",
+                    expected=f"<= {limits.regions_per_connection_max}",
+                )
+            owner.add_region(region.region, region.byte_size, fds.pop())
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def _admit(self, request: Request) -> None:
+        request.connection.in_flight += 1
+        self._order += 1
+        priority = min(request.priority, self._limits.priority_max)
+        heapq.heappush(self._pending, (-priority, self._order, request))
+
+    def _expired(self, request: Request) -> bool:
+        deadline_ns = request.deadline_ns
+        if not deadline_ns or _monotonic_ns() < deadline_ns:
+            return False
+        self._status[page.EXPIRED] += 1
+        self._finish(request, None, DeadlineError("the deadline passed before the model ran"))
+        return True
+
+    def _run_inline(self, request: Request) -> None:
+        if request.deadline_ns and self._expired(request):
+            return
+        status = self._status
+        assert request.slot is not None
+        status[page.RUN_BEGAN] = began_ns = _monotonic_ns()
+        response: memoryview | None = None
+        error: EdgeError | None = None
+        try:
+            response = request.slot.respond()
+        except EdgeError as failure:
+            error = failure
+        except MemoryError:
+            error = _out_of_memory()
+        finally:
+            status[page.RUN_BEGAN] = 0
+        self._finish(request, response, error, _monotonic_ns() - began_ns)
+
+    def _collect(self) -> None:
+        assert self._runners is not None
+        for request, response, error, run_ns in self._runners.finished():
+            self._finish(request, response, error, run_ns)
+
+    def _finish(
+        self,
+        request: Request,
+        response: memoryview | None,
+        error: EdgeError | None,
+        run_ns: int = 0,
+    ) -> None:
+        """Answer a request that ran, failed or expired."""
+        owner = request.connection
+        slot = request.slot
+        owner.in_flight -= 1
+        status = self._status
+        if run_ns:
+            status[page.RUN_NS] += run_ns
+            self._run_ns_mean += (run_ns - self._run_ns_mean) * 0.1
+        if owner.fd < 0:
+            self._release(slot)  # the client left meanwhile
+        elif response is not None:
+            status[page.REQUESTS] += 1
+            frames.PREFIX_TAIL.pack_into(
+                response,
+                frames.PREFIX_TAIL_AT,
+                request.request_id,
+                _monotonic_ns() - request.read_ns,
+            )
+            self._send(owner, response, slot)
+        else:
+            assert error is not None
+            if not isinstance(error, DeadlineError):
+                status[page.ERRORS] += 1
+            self._release(slot)
+            self._answer_error(owner, request.request_id, error)
+        if owner.leaving and not owner.in_flight:
+            self._give_back(owner)
+
+    def _release(self, slot: Slot | None) -> None:
+        if slot is None:
+            return
+        plan = slot.plan
+        self._slot_bytes_used -= plan.slot_bytes
+        self._slot_bytes_idle += plan.slot_bytes
+        plan.free.append(slot)
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def _answer_error(self, owner: Connection, request_id: int, error: EdgeError) -> None:
+        self._send(owner, memoryview(messages.encode_error(error, request_id)), None)
+
+    def _send(self, owner: Connection, data: memoryview, slot: Slot | None) -> None:
+        """Send or queue an answer; the slot is free again when the kernel has taken all of it."""
+        if not owner.outbox:
+            try:
+                sent = owner.sock.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self._release(slot)
+                self._close(owner)
+                return
+            if sent == len(data):
+                if slot is not None:
+                    self._release(slot)
+                return
+            data = data[sent:]
+        owner.outbox.append((data, slot))
+        owner.stalled_since_ns = owner.stalled_since_ns or _monotonic_ns()
+        # No more requests from a client that does not take its answers.
+        self._watch(owner, select.EPOLLOUT)
+
+    def _flush(self, owner: Connection) -> None:
+        while owner.outbox:
+            data, slot = owner.outbox[0]
+            try:
+                sent = owner.sock.send(data)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._close(owner)
+                return
+            owner.stalled_since_ns = _monotonic_ns()
+            if sent < len(data):
+                owner.outbox[0] = (data[sent:], slot)
+                return
+            owner.outbox.popleft()
+            self._release(slot)
+        owner.stalled_since_ns = 0
+        if owner.leaving:
+            self._watch(owner, 0)
+            if not owner.in_flight:
+                self._give_back(owner)
+            return
+        self._watch(owner, select.EPOLLIN)
+        self._parse(owner)  # frames that were read before the socket was full
+
+    def _watch(self, owner: Connection, events: int) -> None:
+        if owner.fd in self._connections:
+            self._epoll.modify(owner.fd, events)
+
+    def _close(self, owner: Connection) -> None:
+        if self._connections.pop(owner.fd, None) is None:
+            return
+        self._epoll.unregister(owner.fd)
+        owner.leaving = True  # whoever is in the middle of its bytes stops there
+        for _, slot in owner.outbox:
+            self._release(slot)
+        owner.outbox.clear()
+        if owner.receiving is not None:
+            self._release(owner.receiving.slot)
+            owner.receiving = None
+        owner.close()
+        self._status[page.CONNECTIONS] = len(self._connections)
+        self._report_drained()
+
+    # -- hand-over ---------------------------------------------------------------------------------
+
+    def _told(self) -> None:
+        message, fds = channel.receive(self._control)
+        if isinstance(message, channel.Adopt):
+            self._adopt(message, fds)
+        elif isinstance(message, channel.Drain):
+            self._draining = True
+            self._drained = 0
+            for owner in list(self._connections.values()):
+                self._leave(owner)
+                if not owner.in_flight:
+                    self._give_back(owner)
+            self._report_drained()
+        else:  # Stop, or the supervisor is gone
+            self._stopping = True
+
+    def _adopt(self, message: channel.Adopt, fds: list[int]) -> None:
+        self._draining = False
+        try:
+            owner = connection.adopt(message, fds)
+        except EdgeError:  # a region that was fine before is not any more: nothing to serve
+            return
+        self._connections[owner.fd] = owner
+        self._epoll.register(owner.fd, select.EPOLLIN)
+        self._status[page.CONNECTIONS] = len(self._connections)
+        self._parse(owner)
+
+    def _leave(self, owner: Connection) -> None:
+        """Read no more from it; it goes back when its last answer is out."""
+        owner.leaving = True
+        self._watch(owner, select.EPOLLOUT if owner.outbox else 0)
+
+    def _give_back(self, owner: Connection) -> None:
+        if owner.outbox or self._connections.pop(owner.fd, None) is None:
+            return
+        self._epoll.unregister(owner.fd)
+        receiving, unused = owner.receiving, None
+        if receiving is not None:
+            unused = receiving.slot
+        try:
+            owner.hand_over(self._control)
+        except OSError:  # the supervisor is gone: so are we, at the next turn
+            owner.close()
+        owner.receiving = None
+        self._release(unused)
+        self._drained += 1
+        self._status[page.CONNECTIONS] = len(self._connections)
+        self._report_drained()
+
+    def _report_drained(self) -> None:
+        if self._draining and not self._connections:
+            self._draining = False
+            channel.send(self._control, channel.Drained(self._drained))
+
+
+class Runners:
+    """A few threads that run requests; the loop gives and collects."""
+
+    def __init__(self, count: int, status: memoryview) -> None:
+        assert 0 < count <= page.RUNNERS_MAX
+        self.count = count
+        self.idle = count
+        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._status = status
+        self._todo: SimpleQueue[Request] = SimpleQueue()
+        self._done: deque[tuple[Request, memoryview | None, EdgeError | None, int]] = deque()
+        for index in range(count):
+            threading.Thread(target=self._run, args=(index,), daemon=True).start()
+
+    def start(self, request: Request) -> None:
+        """Give a request to an idle runner (the caller has seen `idle` > 0)."""
+        self.idle -= 1
+        self._todo.put(request)
+
+    def finished(self) -> list[tuple[Request, memoryview | None, EdgeError | None, int]]:
+        """What has been run since the last call."""
+        try:
+            os.eventfd_read(self.wake_fd)
+        except BlockingIOError:
+            pass  # collected by an earlier call of the same turn
+        done = []
+        while self._done:
+            done.append(self._done.popleft())
+        self.idle += len(done)
+        return done
+
+    def _run(self, index: int) -> None:
+        word = page.RUN_BEGAN + index
+        while True:
+            request = self._todo.get()
+            assert request.slot is not None
+            response: memoryview | None = None
+            error: EdgeError | None = None
+            self._status[word] = began_ns = _monotonic_ns()
+            try:
+                response = request.slot.respond()
+            except EdgeError as failure:
+                error = failure
+            except MemoryError:
+                error = _out_of_memory()
+            except Exception as failure:  # noqa: BLE001 - a runner must live; the client is told
+                error = InternalError(f"{type(failure).__name__}: {failure}")
+            finally:
+                self._status[word] = 0
+            self._done.append((request, response, error, _monotonic_ns() - began_ns))
+            os.eventfd_write(self.wake_fd, 1)
+
+
+def _named(kind: int, header: bytes) -> tuple[str, str]:
+    if kind in (Kind.MODEL_METADATA, Kind.MODEL_READY):
+        ref = messages.decode_model_ref(header)
+        return ref.model_name, ref.model_version
+    return messages.model_name_of(header), ""
+
+
+def _out_of_memory() -> OverloadedError:
+    return OverloadedError("not enough memory for this request now", retry_after_s=0.1)
