@@ -37,6 +37,9 @@ HANG_CHECK_S = 0.25
 # READY=1 is sent when every active model has been tried, or after this long: a device that compiles
 # for minutes must not be taken for one that does not start.
 READY_WAIT_S = 20.0
+# After a probe without an answer: soon, because systemd allows two intervals only, and one bad
+# moment (interval, probe_timeout_s, interval) would be more than that.
+PROBE_RETRY_S = 1.0
 # A worker gets 5 s, a template 2 s; systemd waits longer than both (TimeoutStopSec).
 TEMPLATE_GRACE_S = 2.0
 
@@ -92,6 +95,9 @@ class Supervisor:
             self.shelf = Shelf(store)
             self.templates = Templates(reaper, self.events, self.clock)
             self.router = Router(self, self.config, self.events, self.clock)
+            # Before anybody can ask: whoever started us by connecting must find the model known.
+            for name in await self.shelf.call(lambda opened: opened.models()):
+                self.know(name)
             control = self._listen()
             async with contextlib.AsyncExitStack() as stack:
                 stack.push_async_callback(self._close, control)
@@ -141,15 +147,12 @@ class Supervisor:
 
     async def _resume(self) -> None:
         """Start every model that was active."""
-        names = await self.shelf.call(lambda opened: opened.models())
-        for name in names:
-            self.know(name)
         waiting = [asyncio.ensure_future(one.resume()) for one in self._deployments.values()]
         self._resuming = waiting  # held: the loop keeps only weak references
         if waiting:
             _, pending = await asyncio.wait(waiting, timeout=READY_WAIT_S)
             if pending:
-                self._notify(f"STATUS={len(pending)} of {len(names)} models are still loading")
+                self._notify(f"STATUS={len(pending)} of {len(waiting)} models are still loading")
 
     async def _close(self, control: ControlServer) -> None:
         await control.close()
@@ -175,13 +178,15 @@ class Supervisor:
         if interval_s is None:
             return
         while True:
+            wait_s = interval_s
             try:
                 await self._probe()
             except (EdgeError, OSError, TimeoutError) as error:
                 self.events.emit("probe_failed", f"own socket: {error}", level="error")
+                wait_s = min(interval_s, PROBE_RETRY_S)
             else:
                 self._notify("WATCHDOG=1")
-            await asyncio.sleep(interval_s)
+            await asyncio.sleep(wait_s)
 
     async def _probe(self) -> None:
         """SERVER_LIVE through accept, read, route and answer, as a client would."""
