@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from edge_runtime.bundle import archive
-from edge_runtime.bundle.source import from_path
 from edge_runtime.daemon import memory
 from edge_runtime.errors import EdgeError, NotFoundError, RequestError
 from edge_runtime.serving import page
@@ -126,7 +124,9 @@ class Commands:
                 loop.call_soon_threadsafe(say, event)
 
         def step(store: Store) -> tuple[Generation, bool]:
-            from edge_runtime.bundle import lint  # needed at installs only
+            # Needed at installs only: an idle daemon does without them.
+            from edge_runtime.bundle import archive, lint
+            from edge_runtime.bundle.source import from_path
 
             with archive.open_bundle(fd, where=filename, bundle_bytes_max=limit) as bundle:
                 manifest = bundle.manifest
