@@ -49,25 +49,32 @@ def _install(arguments: argparse.Namespace) -> int:
         payload = {"activate": arguments.activate, "filename": arguments.bundle.name}
         reply = _call_with_progress(arguments, "install", payload, (fd,))
     verb = "installed" if reply.get("new", True) else "already installed:"
-    text = f"{verb} {reply['name']}@{reply['version']} (generation {reply.get('generation', '?')}"
-    text += f", {output.size(reply.get('bytes_written'))} written)"
+    target = f"{reply['name']}@{reply['version']}"
+    text = f"{verb} {target} ({output.size(reply.get('size_bytes'))})\n"
     if reply.get("activated"):
-        text += "\nit is active now"
-    elif not arguments.activate:
-        text += f"\nto serve it: edge-runtime activate {reply['name']}@{reply['version']}"
+        text += _served(target, reply)
+    else:
+        text += f"to serve it: edge-runtime activate {target}"
     return _answer(arguments, reply, text)
+
+
+def _served(target: str, reply: Mapping[str, Any]) -> str:
+    """What a change of the serving version came to."""
+    facts = [f"variant {reply['variant']}"] if reply.get("variant") else []
+    if reply.get("swap_ms") is not None:
+        facts.append(f"after {output.duration(float(reply['swap_ms']) / 1000)}")
+    return f"{target} is active" + (f" ({', '.join(facts)})" if facts else "")
 
 
 def _activate(arguments: argparse.Namespace) -> int:
     name, version = arguments.target
     reply = _call_with_progress(arguments, "activate", {"name": name, "version": version})
-    return _answer(arguments, reply, f"{name}@{reply.get('version', version)} is active")
+    return _answer(arguments, reply, _served(f"{name}@{version}", reply))
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
     reply = _call_with_progress(arguments, "rollback", {"name": arguments.name})
-    version = f"@{reply['version']}" if "version" in reply else ""
-    return _answer(arguments, reply, f"{arguments.name}{version} is active again")
+    return _answer(arguments, reply, _served(f"{arguments.name}@{reply['version']}", reply))
 
 
 def _unload(arguments: argparse.Namespace) -> int:
@@ -85,7 +92,9 @@ def _remove(arguments: argparse.Namespace) -> int:
 
 def _gc(arguments: argparse.Namespace) -> int:
     reply = call(arguments, "gc")
-    return _answer(arguments, reply, f"{output.size(reply.get('freed_bytes'))} of disk came back")
+    lines = [f"removed {target}" for target in reply.get("removed") or []]
+    lines.append(f"{output.size(reply.get('freed_bytes'))} of disk came back")
+    return _answer(arguments, reply, "\n".join(lines))
 
 
 def _answer(arguments: argparse.Namespace, reply: Mapping[str, Any], text: str) -> int:

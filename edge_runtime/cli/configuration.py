@@ -39,7 +39,8 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.config is not None or arguments.defaults:
         reply = document(config.load(arguments.config), str(arguments.config or "defaults"))
     else:
-        reply = call(arguments, "config")
+        running = config.parse(call(arguments, "config")["config"], "the running daemon")
+        reply = document(running, "the running daemon")
     if arguments.json:
         output.print_json(reply)
     else:
@@ -60,7 +61,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def document(loaded: config.Config, source: str) -> dict[str, Any]:
-    """What `config show --json` prints, and what the daemon's `config` command answers."""
+    """What `config show --json` prints: the source, and a row for each option."""
     return {"source": source, "options": [row._asdict() for row in config.describe(loaded)]}
 
 

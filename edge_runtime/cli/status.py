@@ -53,7 +53,8 @@ def _ps(arguments: argparse.Namespace) -> int:
 
 def _why(arguments: argparse.Namespace) -> int:
     reply = call(arguments, "why", {"name": arguments.name})
-    return _answer(arguments, reply, lambda: why_text(reply, SystemClock().wall_s()))
+    now_s = reply.get("now_wall_s") or SystemClock().wall_s()
+    return _answer(arguments, reply, lambda: why_text(reply, now_s))
 
 
 def _ready(arguments: argparse.Namespace) -> int:

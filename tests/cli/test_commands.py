@@ -89,15 +89,13 @@ def test_install_passes_the_file_and_says_how_to_activate_it(
         "generation": 3,
         "new": True,
         "activated": False,
-        "bytes_written": 1536,
+        "size_bytes": 1536,
     }
     done = edge("install", bundle)
     assert daemon.asked == [
         Asked("install", {"activate": False, "filename": "m.bundle"}, [b"the bytes"])
     ]
-    assert done.out == (
-        "installed m@2 (generation 3, 1.5 KiB written)\nto serve it: edge-runtime activate m@2\n"
-    )
+    assert done.out == ("installed m@2 (1.5 KiB)\nto serve it: edge-runtime activate m@2\n")
 
 
 def test_install_of_a_directory_passes_the_packed_bundle(
@@ -109,7 +107,7 @@ def test_install_of_a_directory_passes_the_packed_bundle(
     daemon.replies["install"] = {"name": "tiny", "version": 1, "new": False, "activated": True}
     done = edge("install", directory, "--activate")
     assert done.code == 0, done.err
-    assert "already installed: tiny@1" in done.out and "it is active now" in done.out
+    assert "already installed: tiny@1" in done.out and "tiny@1 is active" in done.out
     (asked,) = daemon.asked
     assert asked.arguments == {"activate": True, "filename": "tiny"}
     packed = tmp_path / "again.bundle"
@@ -179,14 +177,14 @@ def test_descriptors_do_not_leak(edge: Edge, daemon: FakeDaemon, tmp_path: Path)
         (
             ("activate", "m@2"),
             Asked("activate", {"name": "m", "version": 2}, []),
-            {"name": "m", "version": 2},
-            "m@2 is active",
+            {"name": "m", "version": 2, "variant": "int8", "swap_ms": 20.4},
+            "m@2 is active (variant int8, after 20 ms)",
         ),
         (
             ("rollback", "m"),
             Asked("rollback", {"name": "m"}, []),
             {"name": "m", "version": 1},
-            "m@1 is active again",
+            "m@1 is active",
         ),
         (
             ("unload", "m"),
@@ -200,7 +198,12 @@ def test_descriptors_do_not_leak(edge: Edge, daemon: FakeDaemon, tmp_path: Path)
             {"freed_bytes": 1024},
             "removed m@1: 1.0 KiB of disk came back",
         ),
-        (("gc",), Asked("gc", {}, []), {"freed_bytes": 0}, "0 B of disk came back"),
+        (
+            ("gc",),
+            Asked("gc", {}, []),
+            {"freed_bytes": 0, "removed": ["m@1"]},
+            "removed m@1\n0 B of disk came back",
+        ),
     ],
 )
 def test_a_change_asks_for_itself_and_says_what_happened(
@@ -337,14 +340,19 @@ def test_config_show_of_a_file_marks_what_is_not_the_default(edge: Edge, tmp_pat
 
 
 def test_config_show_asks_the_running_daemon(edge: Edge, daemon: FakeDaemon) -> None:
-    from edge_runtime import config
-    from edge_runtime.cli import configuration
+    import msgspec
 
-    daemon.replies["config"] = configuration.document(config.Config(), "/etc/edge.yaml")
+    from edge_runtime import config
+
+    running = config.parse({"models": {"m": {"nice": 3, "access": {"users": [1]}}}}, "test")
+    daemon.replies["config"] = {"config": msgspec.to_builtins(running)}
     out = edge("config", "show").out
-    assert out.startswith("configuration: /etc/edge.yaml\n")
-    assert "\n*" not in out
-    assert edge("config", "show", "--defaults").out == out.replace("/etc/edge.yaml", "defaults")
+    assert out.startswith("configuration: the running daemon\n")
+    changed = [line.split()[:2] for line in out.split("\n") if line.startswith("*")]
+    assert changed == [["*", "models.m.nice"], ["*", "models.m.access"]]
+    daemon.replies["config"] = {"config": msgspec.to_builtins(config.Config())}
+    defaults = edge("config", "show", "--defaults").out
+    assert edge("config", "show").out == defaults.replace("defaults", "the running daemon")
 
 
 def test_config_check_says_what_a_file_changes_or_what_is_wrong(edge: Edge, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_install_through_a_pipe_prints_plain_lines(daemon: FakeDaemon, tmp_path:
     done = run_process("install", bundle, "--activate")
     assert done.returncode == 0
     assert "\r" not in done.stderr and "copying  50% of 1.0 MiB\n" in done.stderr
-    assert "it is active now" in done.stdout
+    assert "m@2 is active" in done.stdout
 
 
 def test_with_json_there_is_no_progress(
