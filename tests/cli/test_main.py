@@ -113,10 +113,11 @@ def test_without_a_daemon_a_command_is_unavailable_and_says_what_to_do(
         assert str(run_dir / "control.sock") in done.err
 
 
-@pytest.mark.parametrize("kind", sorted(errors.BY_CODE.values(), key=lambda kind: kind.code))
+@pytest.mark.parametrize("code", sorted(errors.BY_CODE))
 def test_the_daemons_error_keeps_its_code_and_becomes_its_exit_code(
-    edge: Edge, daemon: FakeDaemon, kind: type[errors.EdgeError]
+    edge: Edge, daemon: FakeDaemon, code: str
 ) -> None:
+    kind = errors.BY_CODE[code]
     daemon.replies["gc"] = kind("it broke", where="there", expected="better", remedy="mend it")
     done = edge("gc")
     assert done.code == kind.exit_code
