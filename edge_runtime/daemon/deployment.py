@@ -173,7 +173,7 @@ class Deployment:
 
     def retry_after_s(self) -> float:
         """When a client that was told "unavailable" may try again."""
-        return 0.05 if self.state in ("loading", "ready") else 0.25
+        return 1.0 if self.state in ("failed", "stopped") else 0.02
 
     def serving(self, version: str) -> WorkerProcess | None:
         """The worker for a requested version ("": the active one), if there is one now.

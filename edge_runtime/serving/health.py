@@ -90,11 +90,12 @@ class Verdict(NamedTuple):
 def after_death(deaths_ns: Sequence[int], now_ns: int, policy: RestartPolicy) -> Verdict:
     """What to do after the newest of `deaths_ns` (CLOCK_MONOTONIC).
 
-    The wait doubles with each death inside the window; `deaths_max` deaths inside the window are
-    the end of the generation. The first restart is prompt: most deaths are single.
+    The first restart is at once, because most deaths are single; from the second inside the window
+    on the wait doubles. `deaths_max` deaths inside the window are the end of the generation.
     """
     horizon_ns = now_ns - round(policy.window_s * 1e9)
     recent = sum(1 for at_ns in deaths_ns if at_ns >= horizon_ns)
-    doublings = min(max(recent - 1, 0), 30)  # 30: beyond any sensible back-off, keeps 2**n small
+    doublings = min(max(recent - 2, 0), 30)  # 30: beyond any sensible back-off, keeps 2**n small
     wait_s = min(policy.backoff_initial_s * 2**doublings, policy.backoff_max_s)
+    wait_s = wait_s if recent > 1 else 0.0
     return Verdict(wait_s, recent >= policy.deaths_max)
