@@ -59,7 +59,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         graph_level: graph optimizations. `all` costs load time only.
         providers: in order of preference; what none of them takes runs on the CPU.
         cpu_fallback: false: a node that no asked-for provider takes is a load error.
-        memory_arena: keep freed buffers for the next run. False gives less memory, slower runs.
+        memory_arena: keep freed buffers for the next run. False leaves them to the C library.
         spinning: threads burn their core while they wait for work. False: an edge box has better
             uses for its cores and its watts.
         dimensions: fixes free dimensions by their name in the model ("N": 1).
@@ -140,7 +140,9 @@ class OnnxRuntime:
         _check_providers(chosen)
         if chosen.dimensions:
             _check_dimensions(artifact, chosen.dimensions)
-        return OnnxModel(_session(artifact, chosen))
+        model = OnnxModel(_session(artifact, chosen))
+        _give_back_memory()
+        return model
 
 
 class OnnxModel:
@@ -297,6 +299,17 @@ def _session(artifact: Path, options: Options) -> Any:
         raise BackendError(
             f"onnxruntime {library.__version__} refuses the artifact: {text}", where=str(artifact)
         ) from e
+
+
+def _give_back_memory() -> None:
+    """What loading freed goes back to the system, where the C library can do that (glibc).
+
+    Graph optimization copies weights and frees the originals, and glibc keeps them for later: 30 of
+    62 MB for an EfficientNet-Lite0 in fp32.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _session_options(library: Any, options: Options) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,48 @@ def test_a_bound_run_takes_no_memory_and_a_free_one_takes_the_output(tmp_path: P
     }
     assert grown["bound"] < 0.1
     assert 0.9 < grown["free"] < 1.1
+
+
+# Loads in a process of its own; prints what the load added to its own memory, in bytes.
+LOAD = """
+import sys
+from pathlib import Path
+from edge_runtime.backends import backend, onnxruntime
+
+def private_bytes():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+
+if sys.argv[2] == "kept":
+    onnxruntime._give_back_memory = lambda: None
+loader = backend("onnxruntime")
+loader.version()
+before = private_bytes()
+model = loader.load(Path(sys.argv[1]), {})
+print(private_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has malloc_trim")
+def test_what_a_load_frees_goes_back_to_the_system(tmp_path: Path):
+    artifact = _many_layers(tmp_path / "layers.onnx", layers=200, width=160)
+    added = {
+        how: int(subprocess.check_output([sys.executable, "-c", LOAD, str(artifact), how]))
+        for how in ("kept", "given")
+    }
+    weights_bytes = 200 * 160 * 160 * 4
+    print(f"weights {weights_bytes}, added {added}")
+    assert added["given"] < 1.5 * weights_bytes < added["kept"]
+
+
+def _many_layers(path: Path, layers: int, width: int) -> Path:
+    nodes, weights = [], []
+    for number in range(layers):
+        nodes.append(helper.make_node("MatMul", [f"x{number}", f"w{number}"], [f"x{number + 1}"]))
+        data = np.full((width, width), number, np.float32).tobytes()
+        weights.append(helper.make_tensor(f"w{number}", 1, [width, width], data, raw=True))
+    tensor = ("FLOAT", ["N", width])
+    return contract.write_onnx(path, nodes, {"x0": tensor}, {f"x{layers}": tensor}, weights)
 
 
 def test_the_library_is_given_the_arrays_own_addresses(tmp_path: Path):
