@@ -4,9 +4,11 @@ Law of this package: content-addressed blobs, generations and the switch between
 at every interruption. It does not know what a manifest says or what a blob is for.
 """
 
-from edge_runtime.store.driver import BlobSource, Freed, Store, StoreStatistics, Verification
+from edge_runtime.store.driver import BlobSource, Store, StoreStatistics, Verification
 from edge_runtime.store.generations import BlobRef, Generation, Switch
+from edge_runtime.store.records import DamagedError
 from edge_runtime.store.recovery import Recovery
+from edge_runtime.store.removal import Freed
 
 __all__ = [
     "Store",
@@ -18,4 +20,5 @@ __all__ = [
     "Freed",
     "Verification",
     "StoreStatistics",
+    "DamagedError",
 ]

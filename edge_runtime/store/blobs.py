@@ -15,6 +15,7 @@ from edge_runtime.errors import BundleError, NotFoundError, StorageError
 from edge_runtime.files import Files, discard, temporary
 from edge_runtime.store import generations
 from edge_runtime.store.generations import BlobRef
+from edge_runtime.store.records import DamagedError
 
 # Told how many bytes were just hashed or written.
 Advance = Callable[[int], None]
@@ -50,12 +51,12 @@ class Blobs:
         """The blob's path when it is there with its size; not hashed.
 
         Raises:
-            StorageError: missing or of another size.
+            DamagedError: missing or of another size.
         """
         path = self.path(blob.sha256)
         found = self.size_bytes(blob.sha256)
         if found != blob.size_bytes:
-            raise StorageError(
+            raise DamagedError(
                 "blob is missing" if found is None else f"blob has {found} bytes",
                 where=str(path),
                 expected=f"{blob.size_bytes} bytes",

@@ -1,14 +1,12 @@
 """The store: carries out the rules of `generations.py` through `Files`.
 
 Law of this file: order of steps, nothing else. What is installed, serves or may go is decided in
-`generations.py`; how a blob, record or slot is made is in `blobs.py`, `records.py` and `disk.py`.
-Three orders make every interruption harmless:
+`generations.py`; how a blob, record or slot is made is in `blobs.py`, `records.py` and `disk.py`;
+the order of removing is in `removal.py`. Two orders make every interruption harmless:
 
 1. blobs, then the generation that names them, then the switch that names the generation; each is on
    the medium before the next is begun (also what an earlier, interrupted call left merely visible);
-2. a generation appears and disappears by one rename of its whole directory;
-3. before a generation goes, both slots of the switch are on the medium and agree that it is free;
-   before a blob goes, the absence of every generation that named it is on the medium.
+2. a generation appears by one rename of its whole directory, and disappears by another.
 
 The layout on disk is in docs/store.md.
 """
@@ -26,11 +24,13 @@ import msgspec
 from edge_runtime.clock import Clock
 from edge_runtime.errors import ConflictError, NotFoundError, StorageError, TooLargeError
 from edge_runtime.files import Files, discard, temporary, write_atomic
-from edge_runtime.store import generations, records, recovery
+from edge_runtime.store import generations, records, recovery, removal
 from edge_runtime.store.blobs import Advance
-from edge_runtime.store.disk import Disk, Survey
+from edge_runtime.store.disk import Disk
 from edge_runtime.store.generations import BlobRef, Generation, Switch
+from edge_runtime.store.records import DamagedError
 from edge_runtime.store.recovery import Recovery
+from edge_runtime.store.removal import Freed
 
 # A manifest is text for people and programs; goldens and artifacts are blobs.
 MANIFEST_SIZE_MAX = 16 * 1024 * 1024
@@ -50,16 +50,6 @@ class BlobSource(NamedTuple):
     sha256: str
     size_bytes: int
     chunks: Iterable[bytes]
-
-
-class Freed(msgspec.Struct, frozen=True):
-    """What a removal gave back."""
-
-    size_bytes: int = 0
-    generations: tuple[Generation, ...] = ()
-    blobs: tuple[str, ...] = ()  # SHA-256
-    # Not empty: why unreferenced blobs were kept.
-    held_back: str = ""
 
 
 class Verification(msgspec.Struct, frozen=True):
@@ -277,10 +267,17 @@ class Store:
             NotFoundError: no such model or generation.
             StorageError: it is damaged, or a step failed.
         """
-        self._require_complete(self.generation(name, generation))
+        self._require_complete(name, generation)
         switch = self._disk.switch(name)
-        now_s = self._clock.wall_s()
-        return self._commit(generations.activated(switch, generation, now_s, reason))
+        return self._commit(
+            generations.activated(
+                switch,
+                generation,
+                self._clock.wall_s(),
+                reason,
+                active_is_damaged=self._is_damaged(name, switch.active),
+            )
+        )
 
     def rollback(self, name: str, reason: str = "rolled back") -> Switch:
         """Make the previous generation the one that serves; `previous` is empty afterwards.
@@ -292,7 +289,7 @@ class Store:
         """
         switch = generations.rolled_back(self.current(name), self._clock.wall_s(), reason)
         assert switch.active is not None
-        self._require_complete(self.generation(name, switch.active))
+        self._require_complete(name, switch.active)
         return self._commit(switch)
 
     def deactivate(self, name: str, reason: str = "unloaded") -> Switch:
@@ -306,11 +303,24 @@ class Store:
             generations.deactivated(self.current(name), self._clock.wall_s(), reason)
         )
 
-    def _require_complete(self, generation: Generation) -> None:
+    def _require_complete(self, name: str, number: int) -> None:
         """Everything is there with its size; hashing it all is what `verify` is for."""
+        generation = self.generation(name, number)
         self.read_manifest(generation)
         for blob in generation.blobs:
             self._disk.blobs.require(blob)
+
+    def _is_damaged(self, name: str, number: int | None) -> bool:
+        """Whether it is known to be; of what cannot be read just now it is not known."""
+        if number is None:
+            return False
+        try:
+            self._require_complete(name, number)
+        except (DamagedError, NotFoundError):
+            return True
+        except StorageError:
+            return False
+        return False
 
     def _commit(self, switch: Switch) -> Switch:
         self._disk.sync_chain(switch.name)
@@ -345,13 +355,14 @@ class Store:
 
         Raises:
             NotFoundError: it is not installed.
-            StorageError: it is, and its record is damaged.
+            DamagedError: it is, and its record is torn or altered.
+            StorageError: its record cannot be read, or is another program version's.
         """
         if number not in self._disk.numbers(generations.check_name(name)):
             raise NotFoundError(f"no generation {number}", where=name)
         generation = self._disk.read_generation(name, number)
         if generation is None:
-            raise StorageError(
+            raise DamagedError(
                 "the generation's record is torn or altered",
                 where=str(self._disk.generation(name, number)),
                 remedy="install the bundle again",
@@ -375,15 +386,16 @@ class Store:
         """The bytes of model.yaml, verified.
 
         Raises:
-            StorageError: missing, altered or unreadable.
+            DamagedError: missing or altered.
+            StorageError: it cannot be read.
         """
         path = self._disk.manifest(generation)
         try:
             manifest = self._disk.files.read(path, MANIFEST_SIZE_MAX)
         except NotFoundError as e:
-            raise StorageError("manifest is missing", where=str(path)) from e
+            raise DamagedError("manifest is missing", where=str(path)) from e
         if hashlib.sha256(manifest).hexdigest() != generation.manifest_sha256:
-            raise StorageError(
+            raise DamagedError(
                 "manifest is not the one that was installed",
                 where=str(path),
                 remedy="install the bundle again to repair it",
@@ -395,7 +407,7 @@ class Store:
 
         Raises:
             NotFoundError: there is no such blob.
-            StorageError: it has another size than `size_bytes`.
+            DamagedError: it has another size than `size_bytes`.
         """
         found = self._disk.blobs.size_bytes(sha256)
         if found is None:
@@ -448,7 +460,7 @@ class Store:
         """
         generation = self.find(name, version)
         generations.check_removable(self._disk.switch(name), generation)
-        return self._drop(self._disk.survey(), (generation,))
+        return self._count(removal.drop(self._disk, self._disk.survey(), (generation,)))
 
     def collect_garbage(self, byte_budget: int | None = None) -> Freed:
         """Drop what the budget has no room for, oldest first, then blobs that nothing names.
@@ -467,47 +479,16 @@ class Store:
             self._disk.remove_tree(leftover)
         survey = self._disk.survey()
         # Needs no room, so that a full disk can be relieved; dropping a generation may need some.
-        stray = self._drop_blobs(survey)
+        strays = self._count(removal.drop_blobs(self._disk, survey))
         budget = self._byte_budget if byte_budget is None else byte_budget
         switches = {name: self._disk.switch(name) for name in self._disk.names()}
-        freed = self._drop(survey, generations.garbage(survey.generations, switches, budget))
-        return msgspec.structs.replace(
-            freed, size_bytes=freed.size_bytes + stray.size_bytes, blobs=stray.blobs + freed.blobs
-        )
+        doomed = generations.garbage(survey.generations, switches, budget)
+        freed = self._count(removal.drop(self._disk, survey, doomed))
+        return removal.together(strays, freed)
 
-    def _drop(self, survey: Survey, doomed: tuple[Generation, ...]) -> Freed:
-        """Remove generations and the blobs that nothing names then."""
-        for name in {generation.name for generation in doomed}:
-            going = [generation.number for generation in doomed if generation.name == name]
-            self._disk.sync_chain(name)
-            switch = self._disk.switch(name)
-            numbers = self._disk.numbers(name)
-            self._disk.write_switch(generations.remembering(switch, numbers, going))
-        for generation in doomed:
-            self._disk.unpublish(generation.name, generation.number)
-        kept = tuple(each for each in survey.generations if each not in doomed)
-        freed = self._drop_blobs(survey._replace(generations=kept))
-        size_bytes = sum(generation.manifest_size_bytes for generation in doomed)
-        self._freed_bytes += size_bytes
-        return msgspec.structs.replace(
-            freed, size_bytes=freed.size_bytes + size_bytes, generations=doomed
-        )
-
-    def _drop_blobs(self, survey: Survey) -> Freed:
-        """Remove the blobs that nothing names."""
-        if survey.unreadable:
-            damaged = ", ".join(str(path) for path in survey.unreadable)
-            return Freed(held_back=f"blobs stay: which ones these need is not known: {damaged}")
-        blobs = generations.unreferenced(self._disk.blobs.present(), survey.generations)
-        if not blobs:
-            return Freed()
-        for name in self._disk.names():
-            if self._disk.numbers(name):
-                self._disk.files.sync_directory(self._disk.generations(name))
-        size_bytes = sum(self._disk.blobs.drop(sha256) for sha256 in blobs)
-        self._disk.blobs.sync()
-        self._freed_bytes += size_bytes
-        return Freed(size_bytes, blobs=blobs)
+    def _count(self, freed: Freed) -> Freed:
+        self._freed_bytes += freed.size_bytes
+        return freed
 
     @property
     def _disk(self) -> Disk:

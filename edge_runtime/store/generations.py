@@ -143,14 +143,21 @@ def winner(first: Switch | None, second: Switch | None) -> Switch | None:
     return max(whole, key=lambda slot: slot.sequence, default=None)
 
 
-def activated(switch: Switch, number: int, now_wall_s: float, reason: str) -> Switch:
+def activated(
+    switch: Switch, number: int, now_wall_s: float, reason: str, *, active_is_damaged: bool
+) -> Switch:
     """The switch with that generation active; what served until now becomes `previous`.
 
     Activating what is active changes nothing. With nothing active there is nothing to go back to.
+
+    Args:
+        active_is_damaged: what served is known to be damaged on disk: the previous generation then
+            stays previous, so that a rollback leads to something whole.
     """
     if switch.active == number:
         return switch
-    return _changed(switch, number, switch.active, now_wall_s, reason)
+    previous = switch.previous if active_is_damaged else switch.active
+    return _changed(switch, number, None if previous == number else previous, now_wall_s, reason)
 
 
 def rolled_back(switch: Switch, now_wall_s: float, reason: str) -> Switch:

@@ -18,6 +18,11 @@ from edge_runtime.errors import StorageError
 # Holds a generation with some 5,000 blobs; a larger record is a mistake.
 RECORD_SIZE_MAX = 1024 * 1024
 
+
+class DamagedError(StorageError):
+    """What is on disk is not what was put there; other StorageErrors say that a step failed."""
+
+
 _Record = TypeVar("_Record", bound=msgspec.Struct)
 
 

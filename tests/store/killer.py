@@ -1,7 +1,7 @@
 """Kill -9 at every system call: run as `python -m tests.store.killer DIRECTORY`, prints JSON.
 
-A child does a life of the store under ptrace; at its n-th system call, before the kernel acts on
-it, it is killed. Then a fresh store must see old or new. n goes up until the child lives through it.
+A child does a life of the store under ptrace; before the kernel acts on its n-th system call, the
+child is killed. Then a fresh store must see old or new. n goes up until the child lives through it.
 
 A program of its own, because the children are forked: from a warm, single-threaded parent, a child
 costs milliseconds, where a new interpreter under strace would cost a quarter of a second.

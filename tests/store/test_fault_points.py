@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.clock import ManualClock
 from edge_runtime.errors import EdgeError
+from edge_runtime.store import Store
 from tests.store import world
 from tests.store.world import Fault, View, WatchedFiles
 
@@ -57,7 +59,7 @@ class Arena:
         world.check_tidy(root)
         return fault.fired
 
-    def _retry(self, store: world.Store) -> None:
+    def _retry(self, store: Store) -> None:
         self._act(store)
         assert world.view(store) == self.new
 
@@ -98,7 +100,7 @@ def test_every_step_of_opening_may_fail_and_the_next_opening_recovers(
             (root / "models" / world.NAME / "switch.b").write_bytes(b"")
             fault = Fault(nth, mode)
             fault.armed = True
-            store = world.Store(root, WatchedFiles(fault.around), world.ManualClock())
+            store = Store(root, WatchedFiles(fault.around), ManualClock())
             try:
                 store.open()
             except EdgeError:
