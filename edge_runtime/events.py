@@ -75,15 +75,13 @@ class Events:
     """The one door through which a process says what happened.
 
     Args:
-        sink: gets every event of `level` and above.
+        sink: gets every event.
         clock: stamps the events.
-        level: events below it are made (and returned) but not written.
     """
 
-    def __init__(self, sink: Sink, clock: Clock, *, level: Level = "debug") -> None:
+    def __init__(self, sink: Sink, clock: Clock) -> None:
         self._sink = sink
         self._clock = clock
-        self._rank = LEVELS[level][0]
         self._emitted = 0
         self._dropped = 0
 
@@ -91,8 +89,6 @@ class Events:
         """Stamp and write an event; never raises for what the sink does."""
         now_s, now_ns = self._clock.wall_s(), self._clock.monotonic_ns()
         event = Event(name, message, level, now_s, now_ns, fields)
-        if LEVELS[level][0] < self._rank:
-            return event
         self._emitted += 1
         try:
             self._sink.write(event)
@@ -325,6 +321,18 @@ class RingSink:
         """The newest `count` events (all: None) whose fields equal those given, oldest first."""
         match = [e for e in self._events if all(e.fields.get(k) == v for k, v in fields.items())]
         return tuple(match if count is None else match[max(0, len(match) - count) :])
+
+
+class LevelSink:
+    """Passes on the events of a level and above; the others end here."""
+
+    def __init__(self, sink: Sink, level: Level) -> None:
+        self._sink = sink
+        self._rank = LEVELS[level][0]
+
+    def write(self, event: Event) -> None:
+        if LEVELS[event.level][0] >= self._rank:
+            self._sink.write(event)
 
 
 class TeeSink:

@@ -25,7 +25,7 @@ from edge_runtime.daemon.processes import Reaper, Templates, WorkerProcess
 from edge_runtime.daemon.router import Router
 from edge_runtime.daemon.shelf import Shelf
 from edge_runtime.errors import EdgeError, NotFoundError, UnavailableError
-from edge_runtime.events import LEVELS, Event, Events, Level, RingSink, Sink, TeeSink, sink_for
+from edge_runtime.events import Events, Level, LevelSink, RingSink, TeeSink, sink_for
 from edge_runtime.files import SystemFiles
 from edge_runtime.serving import page, sandbox
 from edge_runtime.store import Store
@@ -44,18 +44,6 @@ PROBE_RETRY_S = 1.0
 TEMPLATE_GRACE_S = 2.0
 
 
-class _Threshold:
-    """A sink that passes on events of a level and above."""
-
-    def __init__(self, sink: Sink, level: Level) -> None:
-        self._sink = sink
-        self._rank = LEVELS[level][0]
-
-    def write(self, event: Event) -> None:
-        if LEVELS[event.level][0] >= self._rank:
-            self._sink.write(event)
-
-
 class Supervisor:
     """The daemon."""
 
@@ -64,7 +52,7 @@ class Supervisor:
         self.clock = clock
         self.started_ns = clock.monotonic_ns()
         self.ring = RingSink(config.limits.history_events_max)
-        log = _Threshold(sink_for(sys.stderr, os.environ, config.log.format), config.log.level)
+        log = LevelSink(sink_for(sys.stderr, os.environ, config.log.format), config.log.level)
         self.events = Events(TeeSink([self.ring, log]), clock)
         self._state_dir = state_dir
         self._run_dir = run_dir

@@ -76,12 +76,13 @@ def test_fields_may_be_called_name_and_message() -> None:
 
 
 def test_events_below_the_level_are_not_written() -> None:
-    ring = RingSink()
-    log = Events(ring, ManualClock(), level="warning")
-    log.emit("a", "", level="info")
-    log.emit("b", "", level="warning")
-    assert [e.name for e in ring.newest()] == ["b"]
-    assert log.statistics() == events.EventsStatistics(emitted=1, dropped=0)
+    log, everything = RingSink(), RingSink()
+    emitter = Events(TeeSink([everything, events.LevelSink(log, "warning")]), ManualClock())
+    for level in ("debug", "info", "warning", "error"):
+        emitter.emit(level, "", level=level)  # type: ignore[arg-type]
+    assert [e.name for e in log.newest()] == ["warning", "error"]
+    assert len(everything.newest()) == 4
+    assert emitter.statistics() == events.EventsStatistics(emitted=4, dropped=0)
 
 
 def test_a_failing_sink_costs_the_event_only_and_is_counted(

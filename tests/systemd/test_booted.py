@@ -79,7 +79,7 @@ def test_a_restart_keeps_the_sockets_and_brings_the_model_back(report: Report) -
 
 
 def test_a_healthy_daemon_feeds_its_watchdog(report: Report) -> None:
-    assert step(report, "restart")["WatchdogUSec"] == "1s"
+    assert step(report, "restart")["WatchdogUSec"] == "2s"
     assert step(report, "healthy")["same process"] is True
 
 
@@ -94,7 +94,8 @@ def test_a_dead_or_stuck_daemon_comes_back_and_answers(
 
 
 def test_a_stuck_daemon_is_noticed_within_its_time(report: Report) -> None:
-    assert 0.4 < step(report, "stuck")["noticed_s"] < 3.0  # 1 s from the last report, then SIGABRT
+    # At least half of the 2 s have passed since the last report; SIGABRT, not SIGKILL, ends it.
+    assert 0.8 < step(report, "stuck")["noticed_s"] < 2.0 + 3.0
 
 
 FORBIDDEN = [

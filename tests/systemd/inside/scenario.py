@@ -28,7 +28,7 @@ WAIT_MAX_S = 20.0
 UNTIL_S = 0.02  # between looks
 
 # The unit's own times are for devices; here they only cost test time. Nothing else is overridden.
-QUICK = "[Service]\nWatchdogSec=1\nRestartSec=100ms\n"
+QUICK = "[Service]\nWatchdogSec=2\nRestartSec=100ms\n"
 
 
 def run(*command: str, check: bool = False) -> str:
@@ -142,12 +142,9 @@ def boot() -> dict[str, Any]:
 
 
 def activation() -> dict[str, Any]:
-    start_s = time.monotonic()
-    answer = application(live)
     return {
-        "answer": answer,
-        "first_answer_s": time.monotonic() - start_s,
-        **show(SERVICE, "ActiveState", "SubState", "Type", "NRestarts", "User", "StatusText"),
+        "answer": application(live),
+        **show(SERVICE, "ActiveState", "SubState", "Type", "NRestarts", "StatusText"),
         "sockets": sockets(),
         "uid": Path(f"/proc/{main_pid()}").stat().st_uid,
     }
@@ -160,7 +157,6 @@ def install() -> dict[str, Any]:
         "answer": application(infer),
         "own socket": application(lambda: infer(RUN / "models" / f"{MODEL}.sock")),
         "ps": run(COMMAND, "--json", "ps"),
-        "processes": len(members()),
     }
 
 
@@ -178,10 +174,8 @@ def restart() -> dict[str, Any]:
     DROP_IN.write_text(QUICK)
     run("systemctl", "daemon-reload", check=True)
     before = sockets()
-    start_s = time.monotonic()
     run("systemctl", "restart", SERVICE, check=True)
     return {
-        "restart_s": time.monotonic() - start_s,
         "answer": application(infer),
         "same sockets": all(
             before[n][2] == sockets()[n][2] for n in ("infer.sock", "control.sock")
@@ -191,9 +185,9 @@ def restart() -> dict[str, Any]:
 
 
 def healthy() -> dict[str, Any]:
-    """Several watchdog periods without anything wrong."""
+    """More than a watchdog period without anything wrong."""
     before = main_pid()
-    time.sleep(2.5)
+    time.sleep(3.0)
     return {"same process": before == main_pid() != 0}
 
 
@@ -202,10 +196,9 @@ def death(number: signal.Signals) -> dict[str, Any]:
     count, before = restarts(), members()
     os.kill(main_pid(), number)
     noticed_s = until(lambda: restarts() > count)
-    back_s = until(lambda: show(SERVICE, "ActiveState")["ActiveState"] == "active")
+    until(lambda: show(SERVICE, "ActiveState")["ActiveState"] == "active")
     return {
         "noticed_s": noticed_s,
-        "back_s": back_s,
         "answer": application(infer),
         "survivors": sorted(set(before) & set(members())),
         "result": journal("UNIT_RESULT")[-1:],
