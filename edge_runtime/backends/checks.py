@@ -85,6 +85,15 @@ def check_array(role: str, spec: TensorSpec, array: Array) -> None:
         )
 
 
+def check_given(name: str, result: Array, out: Array) -> None:
+    """The array bound to an output has the shape that the model gave. Raises: RequestError."""
+    if out.shape != result.shape:
+        raise RequestError(
+            f"the array bound to output {name!r} has shape {list(out.shape)}",
+            expected=f"{list(result.shape)}, which the model gave",
+        )
+
+
 def _check_names(role: str, specs: tuple[TensorSpec, ...], names: Iterable[str]) -> None:
     known = [spec.name for spec in specs]
     for name in names:

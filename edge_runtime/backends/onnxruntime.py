@@ -116,9 +116,7 @@ _DATATYPES = {
     "tensor(bfloat16)": "BF16",
     "tensor(string)": "BYTES",
 }
-_BFLOAT16_ELEMENT_TYPE = (
-    16  # TensorProto.BFLOAT16 of the ONNX specification: numpy has no such type
-)
+_BFLOAT16_ELEMENT_TYPE = 16  # TensorProto.BFLOAT16 of the ONNX specification: not in numpy
 
 _RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"  # older libraries ignore it
 _ERROR_SIZE_MAX = 600  # characters of a library's message: it may quote whole graphs
@@ -198,7 +196,8 @@ class OnnxModel:
             results = self._run(inputs, names)
             for name, array in outputs.items():
                 if array is not None:
-                    _copy(name, results[name], array)
+                    checks.check_given(name, results[name], array)
+                    array[...] = results[name]
                     results[name] = array
             return results
 
@@ -269,11 +268,16 @@ def _foreign() -> tuple[type[Exception], ...]:
         RuntimeError,
         ValueError,
         TypeError,
+        MemoryError,  # std::bad_alloc
     )
 
 
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:_ERROR_SIZE_MAX]
+
+
 def _failure(doing: str, error: Exception) -> EdgeError:
-    text = " ".join(str(error).split())[:_ERROR_SIZE_MAX]
+    text = _brief(error)
     # What 1.32 and what older ones say of a preallocated output of another shape than computed.
     if "provided for output" in text or "OrtValue shape verification failed" in text:
         return RequestError(
@@ -295,9 +299,9 @@ def _session(artifact: Path, options: Options) -> Any:
             enable_fallback=0,
         )
     except _foreign() as e:
-        text = " ".join(str(e).split())[:_ERROR_SIZE_MAX]
         raise BackendError(
-            f"onnxruntime {library.__version__} refuses the artifact: {text}", where=str(artifact)
+            f"onnxruntime {library.__version__} refuses the artifact: {_brief(e)}",
+            where=str(artifact),
         ) from e
 
 
@@ -443,12 +447,3 @@ def _from_text(array: Array) -> Array:
     flat = np.empty(array.size, dtype=object)
     flat[:] = [str(item).encode() for item in array.flat]
     return flat.reshape(array.shape)
-
-
-def _copy(name: str, result: Array, out: Array) -> None:
-    if result.shape != out.shape:
-        raise RequestError(
-            f"the array bound to output {name!r} has shape {list(out.shape)}",
-            expected=f"{list(result.shape)}, which the model gave",
-        )
-    out[...] = result

@@ -200,11 +200,7 @@ class ReferenceModel:
 def _deliver(name: str, result: Array, out: Array | None) -> Array:
     if out is None:
         return result
-    if out.shape != result.shape:
-        raise RequestError(
-            f"the array bound to output {name!r} has shape {list(out.shape)}",
-            expected=f"{list(result.shape)}, which the model gave",
-        )
+    checks.check_given(name, result, out)
     out[...] = result
     return out
 
