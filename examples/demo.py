@@ -1,8 +1,9 @@
 """The main job in a minute: `make demo`, or `python -m examples.demo`.
 
-Packs the Fashion-MNIST model of this repository as two bundles (fp32, then int8), starts the daemon,
-classifies real test images, switches precision under an open connection, kills the worker and watches
-it return, rolls back, stops. Every step is checked; the exit code is 0 only if all of it held.
+Packs the Fashion-MNIST model of this repository as two bundles (fp32, then int8), starts the
+daemon, classifies real test images, switches precision under an open connection, kills the worker
+and watches it return, rolls back, stops. Every step is checked; the exit code is 0 only if all of
+it held.
 
 It uses the daemon as anyone would: the `edge-runtime` command and `edge_runtime.client`.
 """
