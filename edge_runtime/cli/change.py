@@ -62,7 +62,7 @@ def _served(target: str, reply: Mapping[str, Any]) -> str:
     """What a change of the serving version came to."""
     facts = [f"variant {reply['variant']}"] if reply.get("variant") else []
     if reply.get("swap_ms") is not None:
-        facts.append(f"after {output.duration(float(reply['swap_ms']) / 1000)}")
+        facts.append(f"switched in {output.duration(float(reply['swap_ms']) / 1000)}")
     return f"{target} is active" + (f" ({', '.join(facts)})" if facts else "")
 
 

@@ -110,11 +110,11 @@ def size(size_bytes: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`0.25` -> `250 ms`, `200` -> `3 min`; None -> `-`."""
+    """`0.0007` -> `0.7 ms`, `0.25` -> `250 ms`, `200` -> `3 min`; None -> `-`."""
     if seconds is None:
         return "-"
     if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
+        return f"{seconds * 1000:.1f} ms" if seconds < 0.01 else f"{seconds * 1000:.0f} ms"
     for limit, divisor, unit in _DURATIONS:
         if seconds < limit:
             return f"{seconds / divisor:.0f} {unit}"

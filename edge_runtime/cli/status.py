@@ -111,7 +111,7 @@ def models_text(reply: Document, width: int | None) -> str:
     lines += [
         output.printable(f"{model.get('name')} is {model.get('state')}: {model['reason']}")
         for model in models
-        if model.get("reason")
+        if model.get("reason") and model.get("state") != "ready"
     ]
     return "\n".join(lines)
 

@@ -31,7 +31,7 @@ MODELS = {
             },
             "previous": {"version": 1, "generation": 4},
             "installed": [1, 2],
-            "reason": "",
+            "reason": "activated",
             "device": "CPU",
         },
         {
@@ -178,7 +178,7 @@ def test_descriptors_do_not_leak(edge: Edge, daemon: FakeDaemon, tmp_path: Path)
             ("activate", "m@2"),
             Asked("activate", {"name": "m", "version": 2}, []),
             {"name": "m", "version": 2, "variant": "int8", "swap_ms": 20.4},
-            "m@2 is active (variant int8, after 20 ms)",
+            "m@2 is active (variant int8, switched in 20 ms)",
         ),
         (
             ("rollback", "m"),

@@ -59,6 +59,7 @@ def test_sizes_have_binary_units(size_bytes: int | None, text: str) -> None:
     ("seconds", "text"),
     [
         (None, "-"),
+        (0.0007, "0.7 ms"),
         (0.25, "250 ms"),
         (1, "1 s"),
         (119, "119 s"),
