@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,11 +35,22 @@ def bundle(directory: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What inside/scenario.py saw, step by step."""
+    """What inside/scenario.py saw, step by step; one boot also for several pytest-xdist workers.
+
+    A lock and not an `xdist_group` mark: pytest-xdist 3.8 ignores that mark with pytest 9.2.
+    """
     if reason := machine.missing():
         pytest.skip(reason)
-    directory = tmp_path_factory.mktemp("machine")
-    results = machine.boot(directory / "boot", read_only={bundle(directory): "/bundle"})
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent  # of this run, common to its workers
+    directory /= "machine"
+    with directory.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not directory.exists():
+            directory.mkdir()
+            machine.boot(directory / "boot", read_only={bundle(directory): "/bundle"})
+    results = directory / "boot/results"
     found = results / "report.json"
     if not found.exists():
         pytest.fail("\n".join(f"== {p.name}\n{p.read_text()}" for p in sorted(results.iterdir())))

@@ -76,7 +76,10 @@ def missing() -> str:
         return "needs root to boot a systemd"
     tools = ("systemd-nspawn", "systemd-sysusers", "systemctl", "unshare")
     gone = [tool for tool in tools if shutil.which(tool) is None]
-    return f"{', '.join(gone)} is not installed" if gone else ""
+    if gone:
+        return f"{', '.join(gone)} is not installed"
+    mounts = subprocess.run(["unshare", "--mount", "true"], capture_output=True, timeout=10)
+    return "" if mounts.returncode == 0 else "mounts are not allowed here"
 
 
 def boot(directory: Path, *, read_only: dict[Path, str]) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.root, pytest.mark.xdist_group("booted")]
+pytestmark = pytest.mark.root
 
 Report = dict[str, Any]
 DOUBLED = [0.0, 2.0, 4.0, 6.0]  # the model's answer to 0, 1, 2, 3
