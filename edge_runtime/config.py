@@ -144,7 +144,8 @@ class RestartConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What happens after a worker died."""
 
     backoff_initial_s: Annotated[
-        float, _number(0, 60, "s", "wait before the second restart, then doubling; the first is at once")
+        float,
+        _number(0, 60, "s", "wait before the second restart, then doubled; none before the first"),
     ] = 0.1
     backoff_max_s: Annotated[
         float, _number(0, 3600, "s", "longest wait: a repaired device is found within it")
