@@ -106,8 +106,7 @@ class _Builder:
                 self._check_node(event)
                 self._enter([])
             case yaml.MappingEndEvent() | yaml.SequenceEndEvent():
-                self._open.pop()
-                self._keys.pop()
+                self._leave()
 
     def _check_node(self, event: Any) -> None:
         self._values += 1
@@ -136,6 +135,12 @@ class _Builder:
         self._open.append(container)
         self._keys.append(None)
 
+    def _leave(self) -> None:
+        self._open.pop()
+        self._keys.pop()
+        if self._keys:
+            self._keys[-1] = None
+
     def _add(self, value: Any) -> None:
         if not self._open:
             self.root = value
@@ -147,7 +152,8 @@ class _Builder:
             self._keys[-1] = self._check_key(value, parent)
         else:
             parent[key] = value
-            self._keys[-1] = None
+            if not isinstance(value, dict | list):  # else when it is closed: errors name the path
+                self._keys[-1] = None
 
     def _check_key(self, key: Any, parent: dict[str, Any]) -> str:
         if not isinstance(key, str):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from edge_runtime.bundle.source import Source
 from edge_runtime.errors import BundleError
 
-FIELDS_MAX = 4_000_000  # read or skipped; some seconds of work
+FIELDS_MAX = 2_000_000  # read or skipped; about four seconds of work at worst
 DEPTH_MAX = 100  # nested messages; protobuf's own limit, so deeper files do not load anyway
 LIVE_BYTES_MAX = 64 * 1024 * 1024  # estimate of what is held while walking; 100,000 initializers
 TEXT_BYTES_MAX = 64 * 1024  # names are short; metadata values may be a list of labels
