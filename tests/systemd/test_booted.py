@@ -179,3 +179,13 @@ def test_events_of_the_model_name_it(report: Report) -> None:
     assert "tiny" in {each.get("EDGE_MODEL") for each in entries(report)}, json.dumps(
         sorted({each["EDGE_EVENT"] for each in entries(report)})
     )
+
+
+def test_a_large_event_of_any_user_reaches_the_journal_whole(report: Report) -> None:
+    assert step(report, "large_event") == {
+        "dropped": 0,
+        "message_size": 1_000_000,
+        "EDGE_NOTE": "a\nb",
+        "PRIORITY": "3",
+        "_UID": "4141",
+    }

@@ -269,6 +269,30 @@ def journal(field: str, *match: str) -> list[Any]:
     return [entry[field] for entry in entries if field in entry]
 
 
+def large_event() -> dict[str, Any]:
+    """An entry far over a datagram's size, from a user without privileges, to the real journald."""
+    from edge_runtime.clock import SystemClock
+    from edge_runtime.events import Events, JournalSink
+
+    def emit() -> int:
+        log = Events(JournalSink(identifier="edge-large"), SystemClock())
+        log.emit("large", "line\n" * 200_000, level="error", note="a\nb")
+        return log.statistics().dropped
+
+    def found() -> list[str]:
+        lines = run("journalctl", "-o", "json", "--all", "-t", "edge-large").splitlines()
+        return [line for line in lines if line.startswith("{")]
+
+    dropped = as_user(STRANGER, [], emit)
+    until(found)
+    (entry,) = (json.loads(line) for line in found())
+    return {
+        "dropped": dropped,
+        "message_size": len(entry["MESSAGE"]),
+        **{name: entry[name] for name in ("EDGE_NOTE", "PRIORITY", "_UID")},
+    }
+
+
 def events() -> dict[str, Any]:
     lines = run("journalctl", "-o", "json", "--no-pager", "-t", "edge-runtime").splitlines()
     return {"entries": [json.loads(line) for line in lines if line.startswith("{")]}
@@ -287,6 +311,7 @@ STEPS = (
     configuration,
     stop,
     sockets_stopped,
+    large_event,
     events,
 )
 
