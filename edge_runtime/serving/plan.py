@@ -118,8 +118,11 @@ class Planner:
         batch_axis: int | None,
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
+        free: frozenset[str] = frozenset(),
     ) -> None:
+        """`free`: outputs whose shape does not follow from the inputs' (see `free_outputs`)."""
         self._model = model
+        self._free = free
         self._names = (name, str(version))
         self._batch_axis = batch_axis
         self._inputs = {spec.name: spec for spec in inputs}
@@ -240,13 +243,37 @@ class Planner:
         return Output(spec, shape, region, parameters.shared_memory_offset, room)
 
     def _output_shape(self, spec: TensorSpec, batch: int | None) -> tuple[int, ...] | None:
-        if spec.datatype == "BYTES":
+        if spec.name in self._free:
             return None
-        shape = list(spec.shape)
-        axis = self._batch_axis
-        if axis is not None and batch is not None and len(shape) > axis and shape[axis] == -1:
-            shape[axis] = batch
-        return None if -1 in shape else tuple(shape)
+        return predicted_shape(spec, self._batch_axis, batch)
+
+
+def predicted_shape(
+    spec: TensorSpec, batch_axis: int | None, batch: int | None
+) -> tuple[int, ...] | None:
+    """The shape of an output before the run, if its spec and the batch size tell."""
+    if spec.datatype == "BYTES":
+        return None
+    shape = list(spec.shape)
+    if batch_axis is not None and batch is not None and len(shape) > batch_axis:
+        shape[batch_axis] = batch if shape[batch_axis] == -1 else shape[batch_axis]
+    return None if -1 in shape else tuple(shape)
+
+
+def free_outputs(
+    specs: Sequence[TensorSpec],
+    batch_axis: int | None,
+    inputs: Mapping[str, Array],
+    outputs: Mapping[str, Array],
+) -> frozenset[str]:
+    """The outputs of a real run whose shape was not the predicted one."""
+    shapes = [array.shape for array in inputs.values()]
+    batch = next((s[batch_axis] for s in shapes if batch_axis is not None and len(s) > batch_axis),
+    None) return frozenset(
+        spec.name
+        for spec in specs
+        if predicted_shape(spec, batch_axis, batch) != tuple(outputs[spec.name].shape)
+    )
 
 
 def aligned(size: int) -> Array:

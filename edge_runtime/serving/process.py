@@ -14,7 +14,6 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,13 +59,13 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
         load_ms = _ms_since(began_ns)
         enter("warmup")
         began_ns = monotonic_ns()
-        run_ms = _warm_up(model, spec)
+        run_ms, free = _warm_up(model, spec)
         warmup_ms = _ms_since(began_ns)
         enter("goldens")
         worst = goldens.check(model.run, spec.goldens, spec.rtol, spec.atol)
         runners = _runners(spec, run_ms, model.concurrent)
         planner = plan.Planner(
-            model, spec.model, spec.version, spec.batch_axis, spec.inputs, spec.outputs
+            model, spec.model, spec.version, spec.batch_axis, spec.inputs, spec.outputs, free
         )
         worker = Worker(spec, planner, control, status, runners)
         channel.send(
@@ -152,11 +151,20 @@ def _verify(spec: WorkerSpec) -> None:
         )
 
 
-def _warm_up(model: Model, spec: WorkerSpec) -> float:
-    """Run a few times with recorded (or else zero) inputs; the median in ms."""
+def _warm_up(model: Model, spec: WorkerSpec) -> tuple[float, frozenset[str]]:
+    """Run a few times with recorded (or else zero) inputs.
+
+    Returns:
+        The median run in ms, and the outputs whose shape cannot be known before a run.
+    """
     inputs = goldens.inputs_of(spec.goldens[0]) if spec.goldens else zeros(spec.inputs)
-    times_ms = [_timed_ms(model.run, inputs) for _ in range(max(spec.warmup_runs, 1))]
-    return statistics.median(times_ms)
+    times_ms = []
+    for _ in range(max(spec.warmup_runs, 1)):
+        began_ns = monotonic_ns()
+        outputs = model.run(inputs)
+        times_ms.append(_ms_since(began_ns))
+    free = plan.free_outputs(spec.outputs, spec.batch_axis, inputs, outputs)
+    return statistics.median(times_ms), free
 
 
 def zeros(specs: tuple[tensors.TensorSpec, ...]) -> dict[str, Array]:
@@ -169,12 +177,6 @@ def zeros(specs: tuple[tensors.TensorSpec, ...]) -> dict[str, Array]:
             array.fill(b"")
         arrays[spec.name] = array
     return arrays
-
-
-def _timed_ms(run: Callable[[Mapping[str, Array]], object], inputs: Mapping[str, Array]) -> float:
-    began_ns = monotonic_ns()
-    run(inputs)
-    return _ms_since(began_ns)
 
 
 def _runners(spec: WorkerSpec, run_ms: float, concurrent: bool) -> int:
