@@ -268,8 +268,9 @@ def free_outputs(
 ) -> frozenset[str]:
     """The outputs of a real run whose shape was not the predicted one."""
     shapes = [array.shape for array in inputs.values()]
-    batch = next((s[batch_axis] for s in shapes if batch_axis is not None and len(s) > batch_axis),
-    None) return frozenset(
+    batches = (s[batch_axis] for s in shapes if batch_axis is not None and len(s) > batch_axis)
+    batch = next(batches, None)
+    return frozenset(
         spec.name
         for spec in specs
         if predicted_shape(spec, batch_axis, batch) != tuple(outputs[spec.name].shape)
