@@ -222,13 +222,7 @@ def _check_total(size_bytes: int, size_bytes_max: int, where: str) -> None:
 
 def _manifest_size(archive: Source) -> int:
     """The size in the first header, which must be that of `model.yaml`."""
-    if archive.size < BLOCK:
-        raise BundleError(
-            f"has {archive.size} bytes",
-            where=archive.where,
-            expected="a bundle (see docs/bundle.md)",
-        )
-    first = archive.read_at(0, BLOCK)
+    first = archive.read_at(0, min(BLOCK, archive.size))
     digits = first[124:135]
     size = int(digits, 8) if digits.isdigit() and not digits.strip(b"01234567") else -1
     if not 0 <= size <= document.SIZE_BYTES_MAX or first != header(manifests.FILE_NAME, size):
