@@ -237,7 +237,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models: dict[str, WorkerConfig] = {}
     watchdog: WatchdogConfig = WatchdogConfig()
     services: Annotated[
-        tuple[str, ...], _why("parts run under a restart guard beside serving: module:Class")
+        tuple[str, ...], _why("reserved: parts to run beside serving; must be empty for now")
     ] = ()
 
     def worker(self, name: str) -> WorkerConfig:
@@ -439,6 +439,8 @@ def _model(name: str, own: Any, workers: dict[str, Any], where: str) -> WorkerCo
 
 def _check_together(config: Config, where: str) -> None:
     """What no single field can say."""
+    if config.services:  # better refused than taken and not run
+        raise _wrong(list(config.services), where, "services", "none: this version has no services")
     rules = {"access.infer": config.access.infer, "access.control": config.access.control}
     for path, worker in _workers(config):
         if worker.access is not None:
@@ -548,7 +550,7 @@ def _value(document: Any, parts: list[str]) -> Any:
 
 
 def _expected(text: str, meta: Meta | None, hint: Any) -> str:
-    """ "an integer from 0 to 19 (bytes)" from msgspec's "Expected `int` <= 19" and the bounds."""
+    """From msgspec's "Expected `int` <= 19" and the bounds: an integer from 0 to 19."""
     names = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
     names |= {"array": "a list", "object": "a mapping of keys to values"}
     if "enum value" in text:

@@ -69,6 +69,10 @@ def preprocess_of(metadata: Mapping[str, Any], input_name: str = "") -> tuple[st
     )
     if filled.width <= 0 or filled.height <= 0:
         raise RequestError(f"the input {name!r} has a free size and the bundle states none")
+    if filled.width * filled.height > PIXELS_MAX:
+        raise RequestError(
+            f"an input of {filled.width} x {filled.height} pixels", expected=f"at most {PIXELS_MAX}"
+        )
     return name, filled
 
 
@@ -109,41 +113,24 @@ def decode(path: Path, preprocess: Preprocess) -> Array:
             "reading images needs Pillow, which is not installed",
             remedy="pip install 'edge-runtime[image]'",
         ) from error
+    size = (preprocess.width, preprocess.height)
     try:
         with Image.open(path) as image:
-            if math.prod(image.size) > PIXELS_MAX:
-                raise UsageError(
-                    f"the image has {image.size[0]} x {image.size[1]} pixels",
-                    where=str(path),
-                    expected=f"at most {PIXELS_MAX} pixels",
-                )
-            # Small steps first: draft() lets a JPEG be decoded at 1/2, 1/4 or 1/8, when enough.
-            image.draft(mode, (preprocess.width * 2, preprocess.height * 2))
+            _check_pixels(image.size, path)
+            # A JPEG may be decoded at 1/2, 1/4 or 1/8, as long as there is twice the size left.
+            image.draft(mode, (2 * size[0], 2 * size[1]))
             plain = image.convert(mode)
-            if plain.size != (preprocess.width, preprocess.height):
-                plain = plain.resize(
-                    (preprocess.width, preprocess.height), Image.Resampling[method]
-                )
-            pixels = np.asarray(plain, dtype=np.uint8)
+        if plain.size != size:
+            plain = plain.resize(size, Image.Resampling[method])
     except FileNotFoundError as error:
         raise NotFoundError("there is no such image", where=str(path)) from error
-    # Pillow's readers raise what their parsing runs into: OSError, SyntaxError, ValueError, ...
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        EOFError,
-        TypeError,
-        Image.DecompressionBombError,
-    ) as error:
+    except (*_PARSING_ERRORS, Image.DecompressionBombError) as error:
         raise UsageError(
             f"the image cannot be read: {error}",
             where=str(path),
             expected="a file that Pillow reads (PNG, JPEG, BMP, ...)",
         ) from error
-    pixels = pixels.reshape(preprocess.height, preprocess.width, -1)
+    pixels = np.asarray(plain, dtype=np.uint8).reshape(size[1], size[0], -1)
     return pixels[:, :, ::-1] if preprocess.color == "BGR" else pixels
 
 
@@ -189,6 +176,18 @@ def classify(output: Array, postprocess: Postprocess, top: int = 0) -> list[Answ
 
 
 # --- parts --------------------------------------------------------------------------------------
+
+# Pillow's readers raise whatever their parsing of a damaged file runs into.
+_PARSING_ERRORS = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError)
+
+
+def _check_pixels(size: tuple[int, int], path: Path) -> None:
+    if math.prod(size) > PIXELS_MAX:
+        raise UsageError(
+            f"the image has {size[0]} x {size[1]} pixels",
+            where=str(path),
+            expected=f"at most {PIXELS_MAX} pixels",
+        )
 
 
 def _softmax(values: Array) -> Array:

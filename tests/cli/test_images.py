@@ -119,6 +119,7 @@ def test_what_the_bundle_says_stands() -> None:
         (metadata([1, 16]), ""),
         (metadata([1, 16, 28, 28]), ""),
         (metadata([1, 3, -1, -1]), ""),
+        (metadata([1, 3, 1 << 20, 1 << 20]), ""),
         (metadata([1, 3, 8, 8]), "other"),
         (metadata([1, 3, 8, 8], {"width": "wide"}), ""),
         ({"inputs": []}, ""),

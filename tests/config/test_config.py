@@ -127,6 +127,7 @@ def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> Non
         ("watchdog: {probe_timeout_s: .nan}", "watchdog.probe_timeout_s", "from 0.1 to 60 (s)"),
         ("watchdog: {probe_timeout_s: .inf}", "watchdog.probe_timeout_s", "from 0.1 to 60 (s)"),
         ("services: [1]", "services[0]", "text"),
+        ("services: ['a:B']", "services", "no services"),
         ("workers: {restart: {backoff_initial_s: 31}}", "workers.restart.backoff_initial_s", "30"),
     ],
 )
