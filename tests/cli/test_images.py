@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -168,6 +168,7 @@ def test_files_that_are_no_images_are_refused(tmp_path: Path) -> None:
         images.decode(tmp_path, PLAIN)
 
 
+@settings(deadline=None)  # the machine may be busy with other tests
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=20))
 def test_a_damaged_image_is_read_or_refused_and_nothing_else(
     damage: list[tuple[int, int]],

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime import cli, errors
@@ -76,6 +76,7 @@ def test_with_json_the_same_mistake_is_an_error_document(
     assert says in " ".join(str(value) for value in error.values())
 
 
+@settings(deadline=None)  # the machine may be busy with other tests
 @given(
     st.lists(st.sampled_from([*cli.COMMANDS, "--json", "--timeout", "1", "--", "-x", "a@1", ""]))
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.cli import output
@@ -23,6 +23,7 @@ def test_a_table_cuts_the_widest_text_to_fit_the_terminal() -> None:
     assert "x" * 200 in output.table(("A", "B", ">N"), rows, width=None)
 
 
+@settings(deadline=None)  # the machine may be busy with other tests
 @given(
     st.lists(st.tuples(st.text(max_size=60), st.text(max_size=60), st.integers()), max_size=5),
     st.integers(1, 200),

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime import config
@@ -179,6 +179,7 @@ def test_what_is_no_configuration_is_refused_and_nothing_else(tmp_path: Path, te
     assert len(str(refused)) < 1000
 
 
+@settings(deadline=None)  # the machine may be busy with other tests
 @given(st.text(alphabet=st.sampled_from("abn:{}[]&*!<?-|>'\"\n\t #019.~%@,"), max_size=60))
 def test_any_text_is_a_configuration_or_a_clear_refusal(text: str) -> None:
     try:
@@ -204,6 +205,7 @@ _values = st.recursive(
 )
 
 
+@settings(deadline=None)  # the machine may be busy with other tests
 @given(_values)
 def test_any_document_is_a_configuration_or_a_clear_refusal(document: object) -> None:
     try:
