@@ -269,7 +269,8 @@ class Client:
         while True:
             try:
                 channel = self._channels.get(model) or self._channels.setdefault(model, _Channel())
-                if not channel.lock.acquire(timeout=max(0.0, timeout_s)):
+                lock = channel.lock
+                if not lock.acquire(False) and not lock.acquire(timeout=max(0.0, timeout_s)):
                     raise DeadlineError("other threads kept the connection busy", where=self.path)
                 try:
                     connection = channel.connection
@@ -281,7 +282,7 @@ class Client:
                         channel.drop()
                     raise
                 finally:
-                    channel.lock.release()
+                    lock.release()
             except RETRYABLE as e:
                 self.pause(e, failures, deadline_ns)
                 failures += 1
@@ -316,7 +317,7 @@ class _Item:
 
     def __init__(self, inputs: dict[str, Array]) -> None:
         self.inputs = inputs
-        self.key = tuple((name, array.shape, array.dtype) for name, array in inputs.items())
+        self.key = sum(((name, a.shape, a.dtype) for name, a in inputs.items()), ())
         self.deadline_ns = 0
         self.flight: Flight | None = None
 

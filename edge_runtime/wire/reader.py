@@ -75,7 +75,10 @@ class FrameReader:
             self.feed(data)
 
     def get_buffer(self, size_hint: int = 0) -> memoryview:
-        """Memory to receive into: never empty, and at least `size_hint` bytes."""
+        """Memory to receive into: never empty, and at least `size_hint` bytes.
+
+        Without a hint it ends where the frame in progress ends, and a large frame is never moved.
+        """
         have = self._end - self._start
         if not have:
             # Each frame that does not arrive together with another begins aligned.

@@ -84,6 +84,7 @@ class Faults:
     stray_frames: int = 0
     nonsense_header: int = 0
     nonsense_bytes: int = 0
+    answer_header: bytes | None = None  # instead of the right one
     refuse_regions: bool = False
     trickle: bool = False  # answers leave in pieces of 7 bytes
     shuffle: int = 0  # hold answers back until that many are there, then send them last first
@@ -267,7 +268,9 @@ class Peer:
         outputs = MODELS[self._known(request.model_name)](inputs)
         header, body = self._outputs(request, outputs)
         if faults.use("nonsense_header"):
-            header = b'{"model_name": 3}'
+            header = b'{"model_name": "affine", "outputs": [{}]}'
+        if faults.answer_header is not None:
+            header = faults.answer_header
         answer = messages.encode_frame(
             Kind.INFER | RESPONSE,
             header,

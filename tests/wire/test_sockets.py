@@ -105,11 +105,22 @@ def test_a_full_queue_of_connections_is_a_deadline_not_a_hang(tmp_path):
                 sockets.connect_unix(tmp_path / "s", timeout_s=0.05)
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may open every socket")
-def test_a_socket_of_another_mode_is_permission_denied(tmp_path):
-    with sockets.listen_unix(tmp_path / "s", 0o000):
-        with pytest.raises(PermissionDeniedError):
-            sockets.connect_unix(tmp_path / "s")
+def test_a_socket_of_another_mode_is_permission_denied(tmp_path, monkeypatch):
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    with sockets.listen_unix("open", 0o666), sockets.listen_unix("shut", 0o000):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                if os.getuid() == 0:  # root may open every socket
+                    os.setuid(65534)
+                sockets.connect_unix("open").close()
+                with pytest.raises(PermissionDeniedError):
+                    sockets.connect_unix("shut")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_a_blocking_receive_gives_up_after_its_timeout():
