@@ -31,6 +31,9 @@ check: $(STAMP)
 	@$(BIN)/lint-imports
 
 bench: $(STAMP)
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]' || \
+	  echo "no plot: matplotlib could not be installed"
 	@$(BIN)/python -m bench
 
 clean:

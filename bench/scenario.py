@@ -1,0 +1,71 @@
+"""What a scenario is: a name, a promise to stay within its time, figures out.
+
+Law of this file: the types that the table of scenarios (`__main__`), the scenarios and the report
+share; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.summary import Figure, Spread
+
+
+class BenchError(Exception):
+    """A scenario could not be measured: says which part failed and what it printed."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a scenario is given.
+
+    Attributes:
+        directory: scratch space of this scenario; short, because sockets live in it.
+        bundles: model name -> (model file, bundle file).
+        quick: measure just enough to see that everything works.
+        say: shows progress to a person.
+    """
+
+    directory: Path
+    bundles: Mapping[str, tuple[Path, Path]]
+    quick: bool
+    say: Callable[[str], None]
+
+
+class Latency(NamedTuple):
+    """What one peer took: the spread of the rounds' p50s, p95 and p99 of all calls."""
+
+    peer: str
+    label: str
+    p50_us: Spread
+    p95_us: float
+    p99_us: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a scenario found."""
+
+    figures: Sequence[Figure]
+    latencies: Sequence[Latency] = ()
+    samples: Mapping[str, Sequence[float]] = field(default_factory=dict)  # for the JSON
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A row of the table of scenarios.
+
+    Attributes:
+        models: names of those it needs; it is left out where one is missing.
+        run: measures; bounded in time.
+        cores: processors it needs; left out on a smaller machine.
+    """
+
+    name: str
+    title: str
+    models: tuple[str, ...]
+    run: Callable[[Setting], Result]
+    cores: int = 1

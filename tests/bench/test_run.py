@@ -1,0 +1,55 @@
+"""A quick run of the cheapest scenario: real daemon, real worker, a report that can be read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bench import latency, models, proc
+from bench.__main__ import SCENARIOS
+from bench.child import Child
+from bench.peers import PEERS, Order
+from bench.scenario import BenchError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_quick_run_leaves_a_whole_report(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "--quick", "--json"]
+    command += ["--only", "tiny-one-core", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    document = msgspec.json.decode(done.stdout)
+    assert document == msgspec.json.decode((tmp_path / "report.json").read_bytes())
+    scenario = document["scenarios"]["tiny-one-core"]
+    assert not scenario["problem"]
+    assert [one["peer"] for one in scenario["latencies"]] == list(latency.TINY_PEERS)
+    assert all(len(scenario["samples"][peer]) == 3 for peer in latency.TINY_PEERS)
+    assert all(one["p50_us"][0] > 0 for one in scenario["latencies"])
+    assert scenario["figures"][0]["target"] == {"value": 3.0, "at_most": True}
+    assert "tiny-one-core" in (tmp_path / "report.md").read_text()
+
+
+def test_a_peer_that_fails_says_what_it_printed(tmp_path: Path) -> None:
+    order = Order("in_process", 0, 0, "tiny", "x", (1, 16), str(tmp_path / "no.onnx"), "", 0, 0)
+    order = msgspec.structs.replace(order, core=proc.cores()[0])
+    with pytest.raises(BenchError, match=r"no\.onnx"), Child(order) as child:
+        child.wait_until_ready()
+
+
+def test_every_scenario_names_models_and_peers_that_exist() -> None:
+    assert {name for one in SCENARIOS for name in one.models} <= models.MODELS.keys()
+    assert {peer for case in latency.CASES.values() for peer in case.peers} <= PEERS.keys()
+    assert len({one.name for one in SCENARIOS}) == len(SCENARIOS)
+
+
+def test_the_memory_of_this_process_is_read_in_bytes() -> None:
+    memory = proc.memory(os.getpid())
+    assert 0 < memory.private <= memory.pss <= memory.rss < 2**40
