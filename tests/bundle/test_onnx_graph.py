@@ -254,3 +254,9 @@ def test_every_cut_of_a_model_is_refused_or_whole():
         except BundleError:
             continue
         assert graph.outputs == read(data).outputs  # cut between two fields after the graph
+
+
+def test_memory_is_counted_for_what_is_held_not_for_what_was_read(monkeypatch):
+    monkeypatch.setattr(onnx_graph, "LIVE_BYTES_MAX", 20_000)
+    nodes = [helper.make_node("Relu", ["input"], ["output"], name=str(i)) for i in range(2000)]
+    assert read(model_of(nodes, {})).operators == {("", "Relu"): 2000}
