@@ -115,7 +115,12 @@ def boot(directory: Path, *, read_only: dict[Path, str]) -> Path:
     groups = _control_groups(name)
     if groups:
         arguments.insert(0, "--keep-unit")
-    command = ["unshare", "--mount", "--propagation=private", "sh", "-c", SCRIPT, "sh", str(work)]
+    # The process namespace ends with `unshare`; killing nspawn alone leaves the machine running.
+    command = [
+        *("unshare", "--mount", "--propagation=private"),
+        *("--pid", "--fork", "--kill-child=KILL", "--mount-proc"),
+        *("sh", "-c", SCRIPT, "sh", str(work)),
+    ]
     try:
         done = subprocess.run(
             ["timeout", "-s", "KILL", str(BOOT_TIME_MAX_S), *command, *arguments],
