@@ -230,7 +230,6 @@ class Connection:
             draft = self._draft(key, inputs)
         header = draft.encode(self._model, key[0], self._numbers)
         request_id = self._start(Kind.INFER, header, draft.body(), deadline_ns, priority)
-        self._open.add(request_id)
         return Flight(request_id, key, draft)
 
     def _draft(self, key: Key, inputs: Mapping[str, Array]) -> codec.Draft:
@@ -267,10 +266,7 @@ class Connection:
 
     def finish(self, flight: Flight, deadline_ns: int, copy: bool) -> InferResult:
         """Wait for the answer to one flight, in whatever order answers come. Raises as infer."""
-        try:
-            frame = self._wait(flight.request_id, deadline_ns)
-        finally:
-            self._open.discard(flight.request_id)
+        frame = self._wait(flight.request_id, deadline_ns)
         plan = self._understand(frame)
         self._learn_rooms(flight.key, plan)
         outputs = codec.unpack(plan, frame.body, flight.draft.rooms, copy=copy)
@@ -321,6 +317,7 @@ class Connection:
         )
         parts = [memoryview(prefix + header), *body]
         self.busy = True
+        self._open.add(self._next_id)  # a refusal may come before all is sent
         try:
             self._send([part for part in parts if part.nbytes], deadline_ns)
         except OSError as e:
@@ -351,10 +348,16 @@ class Connection:
         if ready[0][1] & ~select.POLLOUT:
             size = self._socket.recv_into(self._reader.get_buffer())
             self._reader.advance(self._alive(size))
+            self._sort_frames()
 
     def _wait(self, request_id: int, deadline_ns: int) -> Frame:
         """The answer to a request; answers to abandoned ones are dropped. ERROR is raised."""
-        frame = self._arrived.pop(request_id, None) or self._next_answer(request_id, deadline_ns)
+        self._open.add(request_id)
+        while not self._arrived.keys() & {request_id, 0}:
+            if not self._sort_frames():
+                self._read(deadline_ns)
+        frame = self._arrived.pop(request_id, None) or self._arrived.pop(0)
+        self._open.discard(request_id)
         self.busy = frame.prefix.request_id == 0  # then the server closes
         if isinstance(frame, TooLarge):
             raise frame.error
@@ -362,19 +365,16 @@ class Connection:
             raise messages.decode_error(frame.header)
         return frame
 
-    def _next_answer(self, request_id: int, deadline_ns: int) -> Frame | TooLarge:
-        while True:
-            frame = self._reader.next_frame()
-            if frame is None:
-                self._read(deadline_ns)
-                continue
+    def _sort_frames(self) -> bool:
+        """Keep what was asked for, drop what was not; False: no whole frame was there."""
+        found = False
+        while (frame := self._reader.next_frame()) is not None:
+            found = True
             answered_id = frame.prefix.request_id
-            if answered_id == request_id:
-                return frame
-            if answered_id == 0 and frame.prefix.kind == Kind.ERROR:
-                return frame  # the server could not tell which request it refuses
-            if answered_id in self._open:
+            # id 0: the server could not tell which request it refuses
+            if answered_id in self._open or (not answered_id and frame.prefix.kind == Kind.ERROR):
                 self._arrived[answered_id] = frame
+        return found
 
     def _read(self, deadline_ns: int) -> None:
         self._set_timeout((deadline_ns - self._now_ns()) / 1e9)

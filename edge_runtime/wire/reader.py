@@ -85,7 +85,9 @@ class FrameReader:
             self._start = self._end = -(-self._end // HEADER_ALIGNMENT) * HEADER_ALIGNMENT
         room = max(self._need - have, size_hint, 1 if have else _ROOM_MIN)
         if len(self._memory) - self._end < room:
-            self._move(max(CHUNK_SIZE, have + room))
+            # When frames lie there that nobody took, double: many small reads stay linear.
+            spare = have if have >= self._need else 0
+            self._move(max(CHUNK_SIZE, have + room + spare))
         return self._memory[self._end :]
 
     def advance(self, size: int) -> None:

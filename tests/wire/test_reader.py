@@ -130,6 +130,21 @@ def test_one_byte_at_a_time_is_linear():
     assert min(feed(stream) for _ in range(2)) < 12 * quarter  # linear: 4; quadratic: 16
 
 
+def test_small_reads_that_nobody_takes_frames_from_are_linear_too():
+    frame = encode_frame(Kind.SERVER_LIVE, b"", b"x" * 100)
+
+    def fill(count: int) -> float:
+        reader = FrameReader()
+        start = time.perf_counter()
+        for _ in range(count * len(frame) // 50):
+            buffer = reader.get_buffer()
+            reader.advance(min(50, len(buffer)))
+        return time.perf_counter() - start
+
+    quarter = min(fill(3_000) for _ in range(3))
+    assert min(fill(12_000) for _ in range(2)) < 12 * quarter
+
+
 def test_a_promised_body_costs_no_memory_before_it_arrives():
     def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
