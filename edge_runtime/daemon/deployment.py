@@ -298,18 +298,21 @@ class Deployment:
         self, generation: Generation, worker: WorkerProcess, switch: Switch, warm: bool, reason: str
     ) -> Change:
         """The flip: from here on `worker` gets every connection."""
+        before = {self.worker, self.warm} - {worker}
         old = self.worker if self.worker is not worker else None
-        stale = self.warm if self.warm not in (worker, None) else None
-        self.active, self.worker, self.warm = generation, worker, None
+        self.active, self.worker = generation, worker
+        if old is not None and old.serving and self.config.keep_previous_warm and switch.previous:
+            self.warm = old  # at once: a request that names its version finds it there
+        elif old is not None or self.warm is worker:
+            self.warm = None
+        worker.promote()
         self.state, self.reason = "ready", reason
         self._deaths_ns.clear()
         self._cancel_recovery()
         flipped_ns = self._clock.monotonic_ns()
         moved = await self._hand_back(old)
         swap_ms = (self._clock.monotonic_ns() - flipped_ns) / 1e6
-        if old is not None and old.serving and self.config.keep_previous_warm and switch.previous:
-            self.warm, old = old, None
-        freed = sum([await self._stop(one) for one in (old, stale) if one is not None])
+        freed = sum([await self._stop(one) for one in before if one and one is not self.warm])
         self._emit(
             "model_activated",
             f"{self.name}@{generation.version} serves ({reason});"

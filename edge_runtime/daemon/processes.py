@@ -114,10 +114,10 @@ class Line:
 
     def _writable(self) -> None:
         while self._queue:
-            if not self._try(*self._queue[0]):
+            message, fds = self._queue.popleft()  # before: a failure closes those in the queue
+            if not self._try(message, fds):
+                self._queue.appendleft((message, fds))
                 return
-            if self._queue:
-                self._queue.popleft()
         if self._sock.fileno() >= 0:
             self._loop.remove_writer(self._sock.fileno())
 
@@ -214,7 +214,11 @@ class WorkerProcess:
 
     def adopt(self, message: channel.Adopt, fds: list[int]) -> bool:
         """Hand a connection over; the descriptors are the line's to close. False: it is gone."""
-        return self.serving and self._line.send(message, fds)
+        return self._line.send(message, fds)
+
+    def promote(self) -> None:
+        """From now on it answers requests that name no version, too."""
+        self._line.send(channel.Promote())
 
     async def drain(self) -> int:
         """Have it hand all its connections back; how many it had."""
@@ -283,6 +287,7 @@ class WorkerProcess:
             self.ready.set_exception(self._error(death))
             self.ready.exception()  # seen: whoever waits gets it, nobody else is told
         if not self.ended.done():
+            self.status = page.freeze(self.status)
             self.ended.set_result(death)
 
     def _error(self, death: Death) -> EdgeError:

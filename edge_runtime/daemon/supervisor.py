@@ -134,13 +134,21 @@ class Supervisor:
         )
 
     async def _resume(self) -> None:
-        """Start every model that was active."""
+        """Start every model that was active; told to stop meanwhile, leave them to their end."""
         waiting = [asyncio.ensure_future(one.resume()) for one in self._deployments.values()]
         self._resuming = waiting  # held: the loop keeps only weak references
-        if waiting:
-            _, pending = await asyncio.wait(waiting, timeout=READY_WAIT_S)
-            if pending:
-                self._notify(f"STATUS={len(pending)} of {len(waiting)} models are still loading")
+        if not waiting:
+            return
+        stop: asyncio.Task[object] = asyncio.create_task(self._stop.wait())
+        tried: asyncio.Task[object] = asyncio.create_task(
+            asyncio.wait(waiting, timeout=READY_WAIT_S)
+        )
+        await asyncio.wait([tried, stop], return_when=asyncio.FIRST_COMPLETED)
+        for task in (tried, stop):
+            task.cancel()
+        pending = sum(not one.done() for one in waiting)
+        if pending:
+            self._notify(f"STATUS={pending} of {len(waiting)} models are still loading")
 
     async def _close(self, control: ControlServer) -> None:
         await control.close()

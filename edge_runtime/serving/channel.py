@@ -109,8 +109,16 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Supervisor to worker: answer what you have, hand every connection back, stay loaded."""
 
 
+class Promote(msgspec.Struct, frozen=True, tag="promote"):
+    """Supervisor to worker: you are the active version (again).
+
+    A worker is, from its start until it is told to drain. One that is not answers only requests
+    that name its version; the others go back to the supervisor.
+    """
+
+
 class Drained(msgspec.Struct, frozen=True, tag="drained"):
-    """Worker to supervisor: no connection left."""
+    """Worker to supervisor: of the connections at the time of Drain none is left."""
 
     connections: int
 
@@ -129,6 +137,7 @@ Message = (
     | Adopt
     | Returned
     | Drain
+    | Promote
     | Drained
     | Stop
 )

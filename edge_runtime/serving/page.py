@@ -40,6 +40,16 @@ def words(fd: int) -> memoryview:
     return memoryview(mmap.mmap(fd, PAGE_SIZE)).cast("Q")
 
 
+def freeze(live: memoryview) -> memoryview:
+    """The words as they are now; unmaps the page, which holds a descriptor (mmap's own duplicate)."""
+    copy = memoryview(live.tobytes()).cast("Q")
+    mapping = live.obj
+    live.release()
+    assert isinstance(mapping, mmap.mmap)
+    mapping.close()
+    return copy
+
+
 def oldest_run_ns(page: memoryview) -> int:
     """When the longest-running run began, CLOCK_MONOTONIC; 0: nothing runs."""
     began = [word for word in page[RUN_BEGAN : RUN_BEGAN + RUNNERS_MAX] if word]

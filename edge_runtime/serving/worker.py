@@ -121,8 +121,9 @@ class Worker:
         self._epoll = select.epoll()
         self._epoll.register(control.fileno(), select.EPOLLIN)
         self._sweep_at_ns = 0
-        self._draining = False
+        self._draining: set[Connection] | None = None  # who still has to go back
         self._drained = 0
+        self._active = True
         self._stopping = False
         self._runners = Runners(runners, status) if runners else None
         if self._runners:
@@ -308,7 +309,9 @@ class Worker:
         return plan
 
     def _ours(self, name: str, version: str) -> bool:
-        return name == self._spec.model and version in ("", self._version)
+        if name != self._spec.model:
+            return False
+        return self._active if version == "" else version == self._version
 
     def _acquire(
         self, owner: Connection, plan: Plan, body_size: int, request_id: int, body_at: int
@@ -606,6 +609,8 @@ class Worker:
             owner.receiving = None
         owner.close()
         self._status[page.CONNECTIONS] = len(self._connections)
+        if self._draining:
+            self._draining.discard(owner)
         self._report_drained()
 
     # -- hand-over ---------------------------------------------------------------------------------
@@ -615,18 +620,26 @@ class Worker:
         if isinstance(message, channel.Adopt):
             self._adopt(message, fds)
         elif isinstance(message, channel.Drain):
-            self._draining = True
-            self._drained = 0
-            for owner in list(self._connections.values()):
-                self._leave(owner)
-                if not owner.in_flight:
-                    self._give_back(owner)
-            self._report_drained()
+            self._drain()
+        elif isinstance(message, channel.Promote):
+            self._active = True
         else:  # Stop, or the supervisor is gone
             self._stopping = True
 
+    def _drain(self) -> None:
+        """Give every connection back, and from now on take none that does not name our version."""
+        self._active = False
+        self._plans.clear()  # those without a version are not ours any more
+        self._slot_bytes_idle = 0
+        self._draining = set(self._connections.values())
+        self._drained = 0
+        for owner in list(self._draining):
+            self._leave(owner)
+            if not owner.in_flight:
+                self._give_back(owner)
+        self._report_drained()
+
     def _adopt(self, message: channel.Adopt, fds: list[int]) -> None:
-        self._draining = False
         try:
             owner = connection.adopt(message, fds)
         except EdgeError:  # a region that was fine before is not any more: nothing to serve
@@ -654,13 +667,18 @@ class Worker:
             owner.close()
         owner.receiving = None
         self._release(unused)
-        self._drained += 1
         self._status[page.CONNECTIONS] = len(self._connections)
+        self._gone(owner)
         self._report_drained()
 
+    def _gone(self, owner: Connection) -> None:
+        if self._draining and owner in self._draining:
+            self._draining.remove(owner)
+            self._drained += 1
+
     def _report_drained(self) -> None:
-        if self._draining and not self._connections:
-            self._draining = False
+        if self._draining is not None and not self._draining:
+            self._draining = None
             channel.send(self._control, channel.Drained(self._drained))
 
 

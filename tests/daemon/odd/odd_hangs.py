@@ -1,0 +1,5 @@
+"""A driver that never answers: the import does not return."""
+
+import time
+
+time.sleep(3600)
