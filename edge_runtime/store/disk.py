@@ -165,8 +165,16 @@ class Disk:
         doomed = temporary(path)
         self.remove_tree(doomed)
         self.files.rename(path, doomed)
+        self.remove_leftover(doomed)
+
+    def remove_leftover(self, path: Path) -> None:
+        """Take apart what bears a temporary name.
+
+        That it no longer bears its real name must be on the medium first, or a power cut could
+        bring half of it back under that name.
+        """
         self.files.sync_directory(path.parent)
-        self.remove_tree(doomed)
+        self.remove_tree(path)
 
     def make_directory(self, path: Path) -> None:
         """The directory and what is above it, durable when made."""

@@ -476,7 +476,7 @@ class Store:
             StorageError: a step failed; what was dropped until then stays dropped.
         """
         for leftover in self._disk.leftovers():
-            self._disk.remove_tree(leftover)
+            self._disk.remove_leftover(leftover)
         survey = self._disk.survey()
         # Needs no room, so that a full disk can be relieved; dropping a generation may need some.
         strays = self._count(removal.drop_blobs(self._disk, survey))

@@ -81,7 +81,7 @@ def _recover_generation(disk: Disk, switch: Switch, number: int, notes: _Notes) 
 def _clear(disk: Disk, directory: Path, notes: _Notes) -> None:
     for path in disk.temporaries(directory):
         with notes.going_on(path):
-            disk.remove_tree(path)
+            disk.remove_leftover(path)
             notes.removed.append(str(path))
 
 

@@ -281,6 +281,25 @@ class TestSwitching:
         assert slots[0] == slots[1]
         assert b'"active":2' in slots[0]
 
+    def test_the_slot_that_does_not_count_is_written_first(self, store: Store, root: Path) -> None:
+        store.activate(NAME, 1)
+        older = (root / "models" / NAME / "switch.a").read_bytes()
+        store.activate(NAME, 2)
+        store.close()
+        for stale in ("switch.a", "switch.b"):
+            written: list[str] = []
+
+            def around(step: Step, do: Callable[[], Any], written: list[str] = written) -> Any:
+                if step.verb == "write":
+                    written.append(step.path.name)
+                return do()
+
+            with world.opened(root, WatchedFiles(around)) as watched:
+                (root / "models" / NAME / stale).write_bytes(older)
+                watched.activate(NAME, 3)
+                assert written[0] == f".tmp-{stale}"
+                watched.activate(NAME, 2)
+
     @pytest.mark.parametrize("damage", ["missing", "short", "manifest"])
     def test_a_damaged_generation_is_not_activated(self, store: Store, damage: str) -> None:
         store.activate(NAME, 1)
