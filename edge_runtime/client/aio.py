@@ -377,10 +377,17 @@ class AsyncClient:
         assert not self._closed, "the client is closed"
         connection = self._connections.get(model)
         if connection is None or connection.closed:
-            # Connecting to a unix socket does not wait, except for a full accept queue.
-            connection = _Connection(self.path, model, self._own, min(timeout_s, 0.1))
+            connection = self._connect(model, timeout_s)
             self._connections[model] = connection
         return connection
+
+    def _connect(self, model: str, timeout_s: float) -> _Connection:
+        # Connecting to a unix socket does not wait, except for a full accept queue: then for 20 ms
+        # at most, which the loop can bear, and again after a pause.
+        try:
+            return _Connection(self.path, model, self._own, min(timeout_s, 0.02))
+        except DeadlineError as e:
+            raise UnavailableError(e.message, where=e.where) from e
 
     async def _infer_once(
         self,

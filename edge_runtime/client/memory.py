@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edge_runtime.errors import StorageError
 from edge_runtime.wire import regions
 
 if TYPE_CHECKING:
@@ -93,8 +94,12 @@ class Pool:
                     return array
             if len(self._arenas) == ARENAS_MAX:
                 return None
-            self._arenas.append(Arena(self._next_size(size)))
-            return self._arenas[-1].array(shape, dtype)
+            try:
+                arena = Arena(self._next_size(size))
+            except StorageError:  # a limit of this process: tensors travel in frames then
+                return None
+            self._arenas.append(arena)
+            return arena.array(shape, dtype)
 
     def locate(self, array: Array) -> tuple[Arena, int] | None:
         """The arena and offset of an array that lies in one and is C-contiguous."""

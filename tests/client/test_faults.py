@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import random
+import resource
 import threading
 import time
 from pathlib import Path
@@ -133,6 +134,22 @@ def test_shared_memory_is_used_again_and_no_descriptor_is_left(server):
     while sum(1 for _ in Path("/proc/self/fd").iterdir()) > before:
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_without_room_for_shared_memory_everything_travels_in_frames(tmp_path):
+    server = Server(tmp_path / "s", body_size_max=1 << 22)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with Client(server.path) as client:
+            x = client.tensor(LARGE.shape, np.float32)
+            x[...] = LARGE
+            check(client, x)
+        asyncio.run(async_check(server.path, LARGE))
+        assert {seen["body_size"] for seen in server.faults.seen} == {LARGE.nbytes}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        server.close()
 
 
 # Retries
