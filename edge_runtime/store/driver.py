@@ -22,7 +22,13 @@ from typing import NamedTuple
 import msgspec
 
 from edge_runtime.clock import Clock
-from edge_runtime.errors import ConflictError, NotFoundError, StorageError, TooLargeError
+from edge_runtime.errors import (
+    BundleError,
+    ConflictError,
+    NotFoundError,
+    StorageError,
+    TooLargeError,
+)
 from edge_runtime.files import Files, discard, temporary, write_atomic
 from edge_runtime.store import generations, records, recovery, removal
 from edge_runtime.store.blobs import Advance
@@ -227,6 +233,8 @@ class Store:
     ) -> None:
         chunks = {source.sha256: source.chunks for source in sources}
         for blob in missing:
+            if blob.sha256 not in chunks:  # repeated with fewer blobs than the first time
+                raise BundleError("the bundle lacks a blob", where=blob.sha256)
             self._disk.blobs.add(blob, chunks[blob.sha256], advance)
             self._written_bytes += blob.size_bytes
         self._disk.blobs.sync()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.clock import ManualClock
+from edge_runtime.errors import BundleError
 from edge_runtime.files import SystemFiles
 from edge_runtime.store import DamagedError, Recovery, Store
 from tests.store import world
@@ -115,6 +116,8 @@ def test_a_rotten_blob_is_reported_and_repaired_by_installing_again(
         path.write_bytes(data)
         assert blob.sha256 in store.verify(NAME, version).damaged[0]
         assert not store.verify(NAME, 3 - version).damaged
+        with pytest.raises(BundleError, match="lacks a blob"):
+            store.install(NAME, version, world.manifest(version), [])
         world.install(store, version)
         assert not store.verify(NAME, version).damaged
 
