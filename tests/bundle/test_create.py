@@ -170,6 +170,11 @@ def test_a_size_fixed_inside_the_model_is_no_batch(make):
     assert make(model).manifest.batch_axis is None
 
 
+def test_an_output_that_does_not_grow_with_the_batch_is_no_batch(make):
+    nodes = [helper.make_node("Identity", ["w"], ["output"])]
+    assert make(model_of(nodes, {"w": weights()[:1]})).manifest.batch_axis is None
+
+
 def test_one_golden_is_enough_to_try_the_batch(make):
     assert make(linear(), goldens=1).manifest.batch_axis == 0
 

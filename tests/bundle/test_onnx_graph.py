@@ -154,6 +154,25 @@ def test_external_data_is_found_wherever_a_tensor_may_be():
     ]
 
 
+@pytest.mark.parametrize(
+    "place", ["t", "tensors", "g", "graphs", "sparse_tensor", "sparse_tensors"]
+)
+def test_external_data_is_found_in_every_kind_of_attribute(place):
+    tensor = TensorProto(name="hidden", data_location=TensorProto.EXTERNAL)
+    attribute = onnx.AttributeProto(name="x")
+    if place in ("g", "graphs"):
+        inside = onnx.GraphProto(initializer=[tensor])
+    elif place.startswith("sparse"):
+        inside = onnx.SparseTensorProto(indices=tensor)
+    else:
+        inside = tensor
+    field = getattr(attribute, place)
+    field.append(inside) if hasattr(field, "append") else field.CopyFrom(inside)
+    model = linear()
+    model.graph.node[0].attribute.append(attribute)
+    assert read(model).external_data == ("hidden",)
+
+
 def test_twenty_megabytes_of_weights_are_not_read(tmp_path):
     model = linear()
     model.graph.initializer.append(numpy_helper.from_array(np.zeros(5_000_000, np.float32), "big"))
