@@ -5,6 +5,7 @@ Law of this file: no socket and no clock. Shared by the blocking and the asyncio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,9 @@ from edge_runtime.wire.messages import (
 
 if TYPE_CHECKING:
     from edge_runtime.tensors import Array
+
+
+_datatype_of = functools.lru_cache(maxsize=64)(tensors.datatype_of)  # 2 us each, few dtypes
 
 
 class InferResult(NamedTuple):
@@ -109,7 +113,7 @@ def draft(
     placed = []
     keep: list[Array] = []
     for name, array in inputs.items():
-        datatype = tensors.datatype_of(array.dtype)
+        datatype = _datatype_of(array.dtype)
         place = None
         if scratch is not None and array.nbytes >= shared_min_bytes and datatype != "BYTES":
             place, kept = _place(array, own, scratch)
