@@ -23,7 +23,7 @@ from edge_runtime.bundle import document, source
 from edge_runtime.bundle import manifest as manifests
 from edge_runtime.bundle.manifest import Manifest
 from edge_runtime.bundle.source import Source
-from edge_runtime.errors import BundleError, ConflictError, EdgeError, NotFoundError, StorageError
+from edge_runtime.errors import BundleError, ConflictError, NotFoundError, StorageError
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
@@ -122,17 +122,23 @@ def open_bundle(
         NotFoundError: no such path.
         StorageError: it cannot be read.
     """
+    is_path = isinstance(path_or_file, str | Path)
+    where = where or (str(path_or_file) if is_path else "bundle")
+    with _storage_errors(where, "read"):
+        return _open(path_or_file, where, bundle_bytes_max)
+
+
+def _open(path_or_file: Path | str | int | BinaryIO, where: str, bundle_bytes_max: int) -> Bundle:
     if isinstance(path_or_file, int):
-        archive = source.from_fd(path_or_file, where or "bundle")
-        return _open_archive(archive, bundle_bytes_max)
+        return _open_archive(source.from_fd(path_or_file, where), bundle_bytes_max)
     if not isinstance(path_or_file, str | Path):
-        return _open_archive(source.from_file(path_or_file, where or "bundle"), bundle_bytes_max)
+        return _open_archive(source.from_file(path_or_file, where), bundle_bytes_max)
     path = Path(path_or_file)
     if path.is_dir():
         return _open_directory(path, bundle_bytes_max)
     fd = source.open_regular(path.resolve())
     try:
-        bundle = _open_archive(source.from_fd(fd, where or str(path)), bundle_bytes_max)
+        bundle = _open_archive(source.from_fd(fd, where), bundle_bytes_max)
     except BaseException:
         os.close(fd)
         raise
@@ -326,7 +332,7 @@ def pack(bundle: Bundle, out_path: Path, progress: Progress | None = None) -> st
         BundleError: a blob has another hash than its name.
         StorageError: the file cannot be written; nothing is left behind.
     """
-    with _storage_errors(out_path):
+    with _storage_errors(str(out_path), "written"):
         part = _part_of(out_path)
         part.unlink(missing_ok=True)
         try:
@@ -371,7 +377,7 @@ def extract(bundle: Bundle, directory: Path, progress: Progress | None = None) -
         BundleError: a blob has another hash than its name.
         StorageError: it cannot be written; nothing is left behind.
     """
-    with _storage_errors(directory):
+    with _storage_errors(str(directory), "written"):
         if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
             raise ConflictError("is not a directory", where=str(directory))
         if directory.is_dir() and any(directory.iterdir()):
@@ -453,11 +459,9 @@ def _sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def _storage_errors(where: str, what: str) -> Iterator[None]:
     try:
         yield
-    except EdgeError:
-        raise
     except OSError as e:
-        where = str(e.filename) if e.filename else str(path)
-        raise StorageError(f"cannot be written: {e.strerror}", where=where) from e
+        where = str(e.filename) if e.filename else where
+        raise StorageError(f"cannot be {what}: {e.strerror}", where=where) from e

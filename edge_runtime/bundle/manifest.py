@@ -202,12 +202,8 @@ def to_document(manifest: Manifest) -> dict[str, Any]:
 
 def blobs(manifest: Manifest) -> dict[str, Blob]:
     """Every blob of the bundle once, by sha256, in sorted order (that of the archive)."""
-    return {blob.sha256: blob for blob in sorted(_blobs(manifest), key=lambda blob: blob.sha256)}
-
-
-def _blobs(manifest: Manifest) -> Iterator[Blob]:
-    for _, blob in _placed_blobs(manifest):
-        yield blob
+    placed = {blob.sha256: blob for _, blob in _placed_blobs(manifest)}
+    return dict(sorted(placed.items()))
 
 
 # --- rules ---------------------------------------------------------------------------------------

@@ -219,6 +219,17 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
         archive.open_bundle(tmp_path / "missing.bundle")
 
 
+def test_what_the_system_refuses_to_read_is_a_storage_error(packed):
+    fd = os.open(packed, os.O_WRONLY)
+    with pytest.raises(StorageError, match="cannot be read"):
+        archive.open_bundle(fd)
+    os.close(fd)
+    with pytest.raises(StorageError, match="cannot be read"):
+        archive.open_bundle(fd)  # closed
+    with pytest.raises(StorageError, match="cannot be read"):
+        archive.open_bundle("x" * 5000)
+
+
 # --- directories ---------------------------------------------------------------------------------
 
 

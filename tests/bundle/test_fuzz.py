@@ -7,6 +7,7 @@ a failure names the seed and repeats.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -68,7 +69,7 @@ def fuzz_manifest(data: bytes) -> None:
 
 
 def fuzz_archive(data: bytes) -> None:
-    with archive.open_bundle(_BytesFile(data)) as bundle:
+    with archive.open_bundle(io.BytesIO(data)) as bundle:
         bundle.verify()
         lint.lint(bundle.manifest, bundle.blob)
 
