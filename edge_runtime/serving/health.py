@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-SIGNAL_HINTS = {
+SIGNAL_HINTS: dict[int, str] = {
     signal.SIGILL: "the library uses an instruction that this processor does not have",
     signal.SIGSEGV: "the library or a driver accessed memory it does not have",
     signal.SIGBUS: "memory behind a mapping was gone",
@@ -63,7 +63,7 @@ def classify(
             return Death(Cause.OUT_OF_MEMORY, "killed by the kernel: out of memory")
         if stopping:
             return Death(Cause.STOPPED, f"stopped ({name})")
-        hint = SIGNAL_HINTS.get(signal.Signals(number), "") if number in SIGNAL_HINTS else ""
+        hint = SIGNAL_HINTS.get(number, "")
         return Death(Cause.SIGNAL, f"killed by {name}" + (f": {hint}" if hint else ""))
     code = os.waitstatus_to_exitcode(status)
     if stopping and code == 0:

@@ -10,13 +10,14 @@ kernel has not.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from edge_runtime import tensors
-from edge_runtime.errors import BackendError, RequestError
+from edge_runtime.errors import BackendError, RequestError, TooLargeError
 from edge_runtime.tensors import TensorSpec
 from edge_runtime.wire import frames, messages
 from edge_runtime.wire.frames import Kind
@@ -85,7 +86,15 @@ class Plan:
         self.body_size = body_size
         self.static = _is_static(inputs, outputs)
         self.slot_bytes = body_size + sum(o.byte_size for o in outputs if o.region is None)
-        self.free: list[Slot] = []
+        self.free: list[Slot] | deque[Slot] = []
+
+    def retire(self) -> None:
+        """No slot rests here any more, now or later.
+
+        A plan and its resting slots refer to each other: without this, only the cycle collector
+        would give back their memory, and the mapping of a region.
+        """
+        self.free = deque(maxlen=0)
 
 
 class Slot:
@@ -297,7 +306,7 @@ def _region(
         )
     room, offset = parameters.shared_memory_byte_size, parameters.shared_memory_offset
     if room and room < size:
-        raise RequestError(
+        raise TooLargeError(
             f"shared_memory_byte_size {room}", where=where, expected=f">= {size} bytes"
         )
     if offset < 0 or offset + max(room, size) > region.memory.nbytes:
@@ -351,7 +360,11 @@ def _input_arrays(plan: Plan, memory: memoryview) -> dict[str, Array]:
 def _bound(plan: Plan, memory: Array) -> Callable[[], memoryview]:
     """Bind the model to the slot's memory; outputs land in the response frame."""
     shapes = {output.spec.name: output.shape or () for output in plan.outputs}
-    header = response_header(plan, shapes, {})
+    sizes = {
+        output.spec.name: tensors.byte_size(output.spec.datatype, output.shape or ())
+        for output in plan.outputs
+    }
+    header = response_header(plan, shapes, sizes)
     head = frames.PREFIX_SIZE + len(header)
     total = head + sum(output.byte_size for output in plan.outputs if output.region is None)
     response = aligned(total)
@@ -409,7 +422,7 @@ def _assemble(plan: Plan, results: Mapping[str, Array]) -> memoryview:
             parts.append(data)
             continue
         if data.nbytes > output.byte_size:
-            raise RequestError(
+            raise TooLargeError(
                 f"output {output.spec.name!r} has {data.nbytes} bytes",
                 where="shared_memory_byte_size",
                 expected=f"<= the {output.byte_size} bytes offered",
@@ -424,11 +437,11 @@ def _assemble(plan: Plan, results: Mapping[str, Array]) -> memoryview:
 def response_header(
     plan: Plan, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
 ) -> bytes:
-    """The padded header of a response; `sizes` only where a shape does not say it (BYTES)."""
+    """The padded header of a response; `sizes`: the bytes each output has (not the room it had)."""
     entries = []
     for output in plan.outputs:
         name = output.spec.name
-        size = sizes.get(name, output.byte_size)
+        size = sizes[name]
         if output.region is None:
             parameters = messages.TensorParameters(binary_data_size=size)
         else:

@@ -180,13 +180,12 @@ def zeros(specs: tuple[tensors.TensorSpec, ...]) -> dict[str, Array]:
 
 
 def _runners(spec: WorkerSpec, run_ms: float, concurrent: bool) -> int:
-    if not concurrent:
-        return 1 if spec.runners else 0
+    most = page.RUNNERS_MAX if concurrent else 1
     if spec.runners >= 0:
-        return min(spec.runners, page.RUNNERS_MAX)
+        return min(spec.runners, most)
     if run_ms < spec.runner_threshold_ms:
         return 0
-    return min(len(os.sched_getaffinity(0)), page.RUNNERS_MAX)
+    return min(len(os.sched_getaffinity(0)), most)
 
 
 def _ms_since(began_ns: int) -> float:

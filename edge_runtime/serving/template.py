@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 
 import msgspec
 
@@ -60,22 +61,21 @@ def main(name: str) -> int:
 
 def _fork(backend: Backend, control: socket.socket, order: channel.Fork, fds: list[int]) -> None:
     """Fork a worker for `order` and report its process id; descriptors: channel, page, spec."""
-    read_fd, write_fd = os.pipe()
+    pid, reason = 0, "fork failed"
     try:
-        intermediate = os.fork()
+        read_fd, write_fd = os.pipe()
+        with os.fdopen(read_fd, "rb", 0) as told, os.fdopen(write_fd, "wb", 0) as tell:
+            intermediate = os.fork()
+            if intermediate == 0:
+                _intermediate(backend, control, fds, read_fd, write_fd)
+            tell.close()
+            pid = int(told.read(32) or b"0")
+            os.waitpid(intermediate, 0)
     except OSError as error:
-        channel.send(control, channel.Forked(order.token, 0, error.strerror or str(error)))
-        return
-    finally_close = [read_fd, write_fd, *fds]
-    if intermediate == 0:
-        _intermediate(backend, control, fds, read_fd, write_fd)
-    os.close(write_fd)
-    finally_close.remove(write_fd)
-    pid = int(os.read(read_fd, 32) or b"0")
-    os.waitpid(intermediate, 0)
-    for fd in finally_close:
+        reason = error.strerror or str(error)
+    for fd in fds:
         os.close(fd)
-    channel.send(control, channel.Forked(order.token, pid, "" if pid else "fork failed"))
+    channel.send(control, channel.Forked(order.token, pid, "" if pid else reason))
 
 
 def _intermediate(
@@ -95,6 +95,8 @@ def _intermediate(
         os.close(write_fd)
         control.close()
         code = _worker(backend, fds)
+    except Exception:  # noqa: BLE001 - a fault of ours; this is its only trace
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
