@@ -31,6 +31,8 @@ from edge_runtime.wire.reader import FrameReader, TooLarge
 # Commands are small; files come as descriptors.
 BODY_SIZE_MAX = 1024 * 1024
 _ANCILLARY = socket.CMSG_SPACE(4 * 4)
+# When there is no descriptor left for a new connection: until old ones have ended.
+ACCEPT_PAUSE_S = 0.2
 
 Say = Callable[[dict[str, Any]], None]
 Command = Callable[[dict[str, Any], list[int], Say], Awaitable[dict[str, Any]]]
@@ -71,8 +73,10 @@ class ControlServer:
             sock, _ = self._sock.accept()
         except (BlockingIOError, ConnectionError):
             return
-        except OSError as error:
+        except OSError as error:  # EMFILE: it stays readable, so look away for a moment
             self._events.emit("accept_failed", str(error), level="warning")
+            self._loop.remove_reader(self._sock.fileno())
+            self._loop.call_later(ACCEPT_PAUSE_S, self._resume_accept)
             return
         sock.setblocking(False)
         error_document = self._refusal(sock)
@@ -86,6 +90,10 @@ class ControlServer:
         task = self._loop.create_task(self._session(sock))
         self._sessions.add(task)
         task.add_done_callback(self._sessions.discard)
+
+    def _resume_accept(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._loop.add_reader(self._sock.fileno(), self._accept)
 
     def _refusal(self, sock: socket.socket) -> EdgeError | None:
         if len(self._sessions) >= self._connections_max:

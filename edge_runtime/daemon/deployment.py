@@ -194,11 +194,12 @@ class Deployment:
             remedy="leave the version empty for the active one",
         )
 
-    def check_hangs(self) -> None:
+    def check(self, oom_kills: int) -> None:
         """Kill a worker whose run has not returned within its time budget."""
         limit_s = self.config.run_time_max_ms / 1000
         for worker in (self.worker, self.warm):
             if worker is not None and worker.serving:
+                worker.note_oom_kills(oom_kills)
                 running_s = worker.running_s()
                 if running_s > limit_s:
                     worker.kill(hung_for_s=running_s)

@@ -29,6 +29,9 @@ from edge_runtime.serving.spec import WorkerSpec
 # An import from a slow SD card takes seconds; one that takes longer than this hangs.
 IMPORT_S_MAX = 120.0
 FORK_S_MAX = 10.0
+# An out-of-memory kill counts for a death when it is younger than so many looks of the supervisor:
+# long enough for a large process to be taken down, short enough not to blame an old one.
+OOM_SAMPLES = 20
 # What numpy's and the backends' own thread pools would start at import, before any fork.
 SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -179,7 +182,7 @@ class WorkerProcess:
         self._returned = returned
         self._failure: dict[str, Any] = {}
         self._hung_for_s: float | None = None
-        self._oom_kills = memory.oom_kills()
+        self._oom_kills = deque([memory.oom_kills()], maxlen=OOM_SAMPLES)
         self._drained: asyncio.Future[int] | None = None
         ours, self._theirs = channel.pair()
         self._line = Line(ours, loop, self._receive)
@@ -191,18 +194,23 @@ class WorkerProcess:
         spec_fd = os.memfd_create("spec", os.MFD_CLOEXEC)
         os.write(spec_fd, msgspec.msgpack.encode(self.spec))
         os.lseek(spec_fd, 0, os.SEEK_SET)
-        return [os.dup(self._theirs.fileno()), self._page_fd, spec_fd]
+        return [os.dup(self._theirs.fileno()), os.dup(self._page_fd), spec_fd]
 
     def forked(self, pid: int, reaper: Reaper) -> None:
         """The template has made the process."""
         self.pid = pid
-        self._theirs.close()
+        self._part()
         reaper.watch(pid, self._end)
 
     def not_forked(self, reason: str) -> None:
-        """The template could not make the process."""
-        self._theirs.close()
+        """There will be no process."""
+        self._part()
         self._finish(Death(Cause.FAILED, reason))
+
+    def _part(self) -> None:
+        """The other end is the worker's alone now."""
+        self._theirs.close()
+        os.close(self._page_fd)
 
     @property
     def alive(self) -> bool:
@@ -243,6 +251,12 @@ class WorkerProcess:
         self._hung_for_s = hung_for_s
         if self.pid and self.alive:
             os.kill(self.pid, signal.SIGKILL)
+        elif self.alive:
+            self.not_forked("given up before it was forked")
+
+    def note_oom_kills(self, count: int) -> None:
+        """The machine's count of now and then: a later kill is told from those long ago."""
+        self._oom_kills.append(count)
 
     def running_s(self) -> float:
         """For how long its oldest run has been going on; 0.0: nothing runs."""
@@ -269,7 +283,7 @@ class WorkerProcess:
 
     def _end(self, status: int) -> None:
         self._line.drain()
-        kills = memory.oom_kills() - self._oom_kills
+        kills = memory.oom_kills() - self._oom_kills[0]
         failure = str(self._failure.get("message", ""))
         self._finish(
             health.classify(
@@ -325,11 +339,19 @@ class Template:
         )
         theirs.close()
         self.started_ns = clock.monotonic_ns()
+        self._limit = loop.call_later(IMPORT_S_MAX, self._import_hangs)
         reaper.watch(self.pid, self._end)
 
     @property
     def alive(self) -> bool:
         return not self.ended.done()
+
+    def _import_hangs(self) -> None:
+        """The next load shall find a new process, not this one."""
+        if self.alive and not self.ready.done():
+            message = f"importing {self.backend} took longer than {IMPORT_S_MAX:g} s"
+            self._failure = BackendError(message, where=self.backend).document()
+            os.kill(self.pid, signal.SIGKILL)
 
     async def fork(self, worker: WorkerProcess) -> None:
         """Make `worker` a process.
@@ -337,6 +359,7 @@ class Template:
         Raises:
             BackendError: the template has died, or the system has no process to give.
         """
+        worker.phase = "import"
         await asyncio.wait_for(asyncio.shield(self.ready), IMPORT_S_MAX)
         self._tokens += 1
         token = self._tokens
@@ -344,6 +367,7 @@ class Template:
         self._orders[token] = order
         if not self._line.send(channel.Fork(token), worker.descriptors()):
             raise UnavailableError(f"the {self.backend} template is gone")
+        worker.phase = "fork"
         forked = await asyncio.wait_for(order, FORK_S_MAX)
         if forked.pid:
             worker.forked(forked.pid, self._reaper)
@@ -377,10 +401,13 @@ class Template:
             order = self._orders.pop(message.token, None)
             if order is not None and not order.done():
                 order.set_result(message)
+            elif message.pid:  # whoever ordered it has given up
+                os.kill(message.pid, signal.SIGKILL)
 
     def _end(self, status: int) -> None:
         self._line.drain()
         self._line.close()
+        self._limit.cancel()
         death = health.classify(
             status,
             stopping=self._stopping,

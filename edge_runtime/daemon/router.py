@@ -41,6 +41,8 @@ EXTENSIONS = (
 )
 # One read; also what is thrown away at a time of a refused body.
 CHUNK_SIZE = 64 * 1024
+# When there is no descriptor left for a new connection: until old ones have ended.
+ACCEPT_PAUSE_S = 0.2
 # A client whose answers back up here is not reading them; its next refusal closes the connection.
 _ANCILLARY = socket.CMSG_SPACE(4 * 4)
 
@@ -161,8 +163,10 @@ class Router:
                 sock, _ = listener.accept()
             except (BlockingIOError, ConnectionError):
                 return
-            except OSError as error:  # EMFILE: nothing we can do but say so and live
+            except OSError as error:  # EMFILE: it stays readable, so look away for a moment
                 self._events.emit("accept_failed", str(error), level="warning")
+                self._loop.remove_reader(listener.fileno())
+                self._loop.call_later(ACCEPT_PAUSE_S, self._resume_accept, listener, own)
                 return
             self.accepted += 1
             try:
@@ -183,6 +187,10 @@ class Router:
                 continue
             self._admit(visitor)
 
+    def _resume_accept(self, listener: socket.socket, own: str) -> None:
+        if listener.fileno() >= 0:
+            self._loop.add_reader(listener.fileno(), self._accept, listener, own)
+
     def _admit(self, visitor: Visitor) -> None:
         visitor.sock.setblocking(False)
         fd = visitor.sock.fileno()
@@ -193,6 +201,12 @@ class Router:
 
     def take_back(self, message: channel.Returned, fds: list[int], own: str) -> None:
         """A worker returns a connection: route it anew. Takes over `fds`."""
+        try:
+            channel.check_complete(message, fds)
+        except EdgeError as error:
+            self._events.emit("connection_lost", str(error), level="warning")
+            _close_all(fds)
+            return
         residual = channel.unpack_residual(message.residual, message.residual_size, fds)
         sock = socket.socket(fileno=fds[0])
         try:

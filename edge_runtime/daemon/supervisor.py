@@ -17,6 +17,7 @@ from pathlib import Path
 from edge_runtime import __version__, systemd
 from edge_runtime.clock import Clock
 from edge_runtime.config import Config
+from edge_runtime.daemon import memory
 from edge_runtime.daemon.access import Access, resolve
 from edge_runtime.daemon.commands import Commands
 from edge_runtime.daemon.control import ControlServer
@@ -89,7 +90,7 @@ class Supervisor:
             control = self._listen()
             async with contextlib.AsyncExitStack() as stack:
                 stack.push_async_callback(self._close, control)
-                tasks = [loop.create_task(self._check_hangs())]
+                tasks = [loop.create_task(self._check_workers())]
                 tasks.append(loop.create_task(self._feed_watchdog()))
                 stack.callback(lambda: [task.cancel() for task in tasks])
                 await self._resume()
@@ -162,11 +163,12 @@ class Supervisor:
 
     # -- watching over it --------------------------------------------------------------------------
 
-    async def _check_hangs(self) -> None:
+    async def _check_workers(self) -> None:
         while True:
             await asyncio.sleep(HANG_CHECK_S)
+            oom_kills = memory.oom_kills()
             for deployment in self._deployments.values():
-                deployment.check_hangs()
+                deployment.check(oom_kills)
 
     async def _feed_watchdog(self) -> None:
         """Tell systemd that we are well, whenever a probe of our own socket was answered."""

@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 
+from edge_runtime.errors import UnavailableError
+
 # One packet must fit the default socket buffer (net.core.wmem_default, 208 KiB) with room to spare.
 PACKET_SIZE_MAX = 96 * 1024
 RESIDUAL_INLINE_MAX = 32 * 1024  # more goes by memfd
@@ -192,6 +194,20 @@ def descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
     return fds.tolist()
+
+
+def check_complete(message: Adopt | Returned, fds: list[int]) -> None:
+    """Whether every descriptor of a connection arrived.
+
+    Raises:
+        UnavailableError: some did not; the kernel drops what a process may not open any more.
+    """
+    wanted = 1 + len(message.regions) + message.stray + bool(message.residual_size)
+    if len(fds) != wanted:
+        raise UnavailableError(
+            f"{len(fds)} of {wanted} descriptors of a connection arrived",
+            remedy="raise open_files_max or LimitNOFILE",
+        )
 
 
 def pack_residual(data: bytes | bytearray | memoryview) -> tuple[bytes, int, int | None]:

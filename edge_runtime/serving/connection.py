@@ -12,6 +12,7 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING
 
+from edge_runtime.errors import EdgeError
 from edge_runtime.serving import channel
 from edge_runtime.serving.plan import Plan, Region, Slot
 from edge_runtime.wire import regions as shared
@@ -175,14 +176,33 @@ def open_region(number: int, byte_size: int, fd: int) -> Region:
 
 
 def adopt(message: channel.Adopt, fds: list[int]) -> Connection:
-    """The connection that the supervisor hands over; takes ownership of `fds`."""
-    residual = channel.unpack_residual(message.residual, message.residual_size, fds)
+    """The connection that the supervisor hands over; takes ownership of `fds`.
+
+    Raises:
+        EdgeError: it cannot be served here, and is closed: descriptors did not all arrive (this
+            process has as many as it may), or a region cannot be mapped.
+    """
+    try:
+        channel.check_complete(message, fds)
+        residual = channel.unpack_residual(message.residual, message.residual_size, fds)
+    except EdgeError:
+        for fd in fds:
+            os.close(fd)
+        raise
     sock = socket.socket(fileno=fds[0])
     sock.setblocking(False)
     connection = Connection(sock, message.own, message.peer)
-    for (number, byte_size), fd in zip(message.regions, fds[1:], strict=False):
-        connection.regions[number] = open_region(number, byte_size, fd)
-    connection.stray = fds[1 + len(message.regions) :]
+    regions = len(message.regions)
+    connection.stray = fds[1:]  # all of them until they are more than that
+    try:
+        for number, byte_size in message.regions:
+            region = open_region(number, byte_size, connection.stray[0])
+            connection.stray.pop(0)
+            connection.regions[number] = region
+    except BaseException:
+        connection.close()
+        raise
+    assert len(connection.stray) == len(fds) - 1 - regions
     connection.skip = message.skip
     if residual:
         connection.feed(residual)

@@ -41,7 +41,7 @@ def words(fd: int) -> memoryview:
 
 
 def freeze(live: memoryview) -> memoryview:
-    """The words as they are now; unmaps the page, which holds a descriptor (mmap's own duplicate)."""
+    """The words as they are now; unmaps the page, and with it ends mmap's own descriptor."""
     copy = memoryview(live.tobytes()).cast("Q")
     mapping = live.obj
     live.release()

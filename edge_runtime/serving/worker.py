@@ -55,6 +55,7 @@ _ANCILLARY = socket.CMSG_SPACE(2 * 4)
 _INFER = int(Kind.INFER)
 _MODEL_KINDS = frozenset(int(kind) for kind in frames.MODEL_KINDS)
 _DROPPED_FLAGS = socket.MSG_CTRUNC
+_HUNG_UP = select.EPOLLHUP | select.EPOLLERR
 
 
 class Request:
@@ -146,7 +147,10 @@ class Worker:
                     if events & select.EPOLLOUT:
                         self._flush(owner)
                     if events & ~select.EPOLLOUT and owner.fd in connections:
-                        self._readable(owner)
+                        if not owner.leaving:
+                            self._readable(owner)
+                        elif events & _HUNG_UP:  # nobody is left to give back
+                            self._close(owner)
                 elif fd == control_fd:
                     self._told()
                 elif fd == wake_fd:
@@ -166,7 +170,9 @@ class Worker:
             return
         while self._pending and self._runners.idle:
             request = heapq.heappop(self._pending)[2]
-            if not self._expired(request):
+            if request.connection.fd < 0:
+                self._finish(request, None, None)
+            elif not self._expired(request):
                 self._runners.start(request)
         self._status[page.WAITING] = len(self._pending)
 
@@ -476,6 +482,9 @@ class Worker:
         return True
 
     def _run_inline(self, request: Request) -> None:
+        if request.connection.fd < 0:  # the client left: nobody wants the answer
+            self._finish(request, None, None)
+            return
         if request.deadline_ns and self._expired(request):
             return
         status = self._status
@@ -489,6 +498,8 @@ class Worker:
             error = failure
         except MemoryError:
             error = _out_of_memory()
+        except Exception as failure:  # noqa: BLE001 - as in a runner: the client is told
+            error = _foreign(failure)
         finally:
             status[page.RUN_BEGAN] = 0
         self._finish(request, response, error, _monotonic_ns() - began_ns)
@@ -642,7 +653,7 @@ class Worker:
     def _adopt(self, message: channel.Adopt, fds: list[int]) -> None:
         try:
             owner = connection.adopt(message, fds)
-        except EdgeError:  # a region that was fine before is not any more: nothing to serve
+        except EdgeError:  # a descriptor or a region is missing: nothing to serve
             return
         self._connections[owner.fd] = owner
         self._epoll.register(owner.fd, select.EPOLLIN)
@@ -728,7 +739,7 @@ class Runners:
             except MemoryError:
                 error = _out_of_memory()
             except Exception as failure:  # noqa: BLE001 - a runner must live; the client is told
-                error = InternalError(f"{type(failure).__name__}: {failure}")
+                error = _foreign(failure)
             finally:
                 self._status[word] = 0
             self._done.append((request, response, error, _monotonic_ns() - began_ns))
@@ -740,6 +751,11 @@ def _named(kind: int, header: bytes) -> tuple[str, str]:
         ref = messages.decode_model_ref(header)
         return ref.model_name, ref.model_version
     return messages.model_name_of(header), ""
+
+
+def _foreign(failure: Exception) -> InternalError:
+    """What a backend should have wrapped and did not."""
+    return InternalError(f"{type(failure).__name__}: {failure}")
 
 
 def _out_of_memory() -> OverloadedError:

@@ -1,11 +1,10 @@
-"""From load to unload: what is ready when, what is told, what comes back, what survives a restart."""
+"""From load to unload: what is ready when, what is told, what comes back, what survives."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -32,6 +31,7 @@ from tests.daemon.world import (
     infer_frame,
     onnx_bundle,
     running,
+    serve_command,
     until,
 )
 
@@ -270,8 +270,7 @@ def test_fifty_loads_and_unloads_leave_no_slope(daemon, record_property):
 
 def test_two_daemons_on_one_state_directory_the_second_is_a_conflict(daemon):
     second = subprocess.run(
-        [sys.executable, "-m", "edge_runtime", "serve", "--state-dir", str(daemon.state_dir)]
-        + ["--run-dir", str(daemon.root / "run2")],
+        serve_command(daemon.state_dir, daemon.root / "run2"),
         capture_output=True,
         timeout=20,
     )
@@ -282,8 +281,7 @@ def test_two_daemons_on_one_state_directory_the_second_is_a_conflict(daemon):
 
 def test_two_daemons_on_one_run_directory_the_second_is_a_conflict(daemon):
     second = subprocess.run(
-        [sys.executable, "-m", "edge_runtime", "serve", "--run-dir", str(daemon.run_dir)]
-        + ["--state-dir", str(daemon.root / "state2")],
+        serve_command(daemon.root / "state2", daemon.run_dir),
         capture_output=True,
         timeout=20,
     )

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -179,8 +178,13 @@ def _packed(directory: Path, manifest: Manifest, blobs: dict[str, bytes]) -> Pat
 # --- the daemon -----------------------------------------------------------------------------------
 
 
+def serve_command(state_dir: Path, run_dir: Path, *more: str) -> list[str]:
+    words = ["-m", "edge_runtime", "serve", "--state-dir", str(state_dir)]
+    return [sys.executable, *words, "--run-dir", str(run_dir), *more]
+
+
 class Daemon:
-    """`edge-runtime serve` in a directory of its own with a short path (a socket's has 108 bytes)."""
+    """`edge-runtime serve` in its own directory; the path is short: a socket's has 108 bytes."""
 
     def __init__(
         self,
@@ -214,8 +218,7 @@ class Daemon:
         config.write_text(yaml.safe_dump(self._config))
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "edge_runtime", "serve", "--config", str(config)]
-                + ["--state-dir", str(self.state_dir), "--run-dir", str(self.run_dir)],
+                serve_command(self.state_dir, self.run_dir, "--config", str(config)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -357,14 +360,14 @@ class Daemon:
         return found
 
     def fds(self, pid: int = 0) -> int:
-        return len(os.listdir(f"/proc/{pid or self.pid}/fd"))
+        return len(list(Path(f"/proc/{pid or self.pid}/fd").iterdir()))
 
     def descriptors(self) -> list[str]:
         """What its descriptors are, for messages."""
         found = []
         for entry in Path(f"/proc/{self.pid}/fd").iterdir():
             with contextlib.suppress(OSError):  # closed meanwhile
-                found.append(os.readlink(entry).partition(":[")[0])
+                found.append(str(entry.readlink()).partition(":[")[0])
         return sorted(found)
 
     def rss_bytes(self, pid: int = 0) -> int:
@@ -464,6 +467,6 @@ class RawConnection:
         """Whether the server closed it (waits for the answer or the end)."""
         try:
             self.frame()
-        except (ConnectionError, socket.timeout):
+        except (ConnectionError, TimeoutError):
             return True
         return False

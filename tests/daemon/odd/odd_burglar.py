@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import threading
+from pathlib import Path
 
 import numpy as np
 
@@ -16,21 +17,28 @@ from edge_runtime.tensors import TensorSpec
 
 def attempts(options):
     """(name, function) of everything that is tried, in the order of the output."""
-    found = [(f"read {path}", lambda path=path: open(path).close()) for path in options["files"]]
+    found = [
+        (f"read {path}", lambda path=path: Path(path).read_bytes()) for path in options["files"]
+    ]
     return [
         *found,
-        ("list the root", lambda: os.listdir("/root")),
-        ("write a file", lambda: open(os.path.join(options["write"], "loot"), "w").close()),
-        ("make a directory", lambda: os.mkdir(os.path.join(options["write"], "den"))),
-        ("unlink", lambda: os.unlink(options["files"][0])),
+        ("list the root", lambda: list(Path("/root").iterdir())),
+        ("write a file", lambda: (Path(options["write"]) / "loot").touch()),
+        ("make a directory", lambda: (Path(options["write"]) / "den").mkdir()),
+        ("unlink", lambda: Path(options["files"][0]).unlink()),
         ("tcp socket", lambda: socket.socket(socket.AF_INET).close()),
         ("unix socket", lambda: socket.socket(socket.AF_UNIX).close()),
         ("execute", lambda: subprocess.run(["/bin/true"], check=True)),
         ("kill the daemon", lambda: os.kill(options["pid"], 0)),
         ("trace the daemon", lambda: _trace(options["pid"])),
-        ("read the daemon's memory", lambda: open(f"/proc/{options['pid']}/mem", "rb").close()),
+        ("read the daemon's memory", lambda: _memory(options["pid"])),
         ("in another thread", lambda: _in_thread(lambda: socket.socket(socket.AF_INET).close())),
     ]
+
+
+def _memory(pid):
+    with Path(f"/proc/{pid}/mem").open("rb"):
+        pass
 
 
 def _trace(pid):
