@@ -12,11 +12,11 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING
 
-from edge_runtime.errors import EdgeError
+from edge_runtime.errors import EdgeError, RequestError, StorageError
 from edge_runtime.serving import channel
 from edge_runtime.serving.plan import Plan, Region, Slot
 from edge_runtime.wire import regions as shared
-from edge_runtime.wire.frames import HEADER_SIZE_MAX, PREFIX_SIZE
+from edge_runtime.wire.frames import HEADER_SIZE_MAX, PREFIX, PREFIX_SIZE
 
 if TYPE_CHECKING:
     from edge_runtime.serving.worker import Request
@@ -124,12 +124,20 @@ class Connection:
         self.drop_region(number)
         self.regions[number] = region
 
+    def missing(self) -> int:
+        """How many bytes the prefix or header of the frame in progress still lacks; at least 1."""
+        have = self.end - self.start
+        if have < PREFIX_SIZE:
+            return PREFIX_SIZE - have
+        header_size: int = PREFIX.unpack_from(self.buffer, self.start)[5]
+        return max(PREFIX_SIZE + header_size - have, 1)
+
     def drop_region(self, number: int) -> bool:
         """Forget a region; its memory stays mapped while a request still uses it."""
         region = self.regions.pop(number, None)
         if region is None:
             return False
-        self.plans.clear()
+        retire(self.plans)
         os.close(region.fd)
         return True
 
@@ -140,7 +148,7 @@ class Connection:
         for fd in self.stray:
             os.close(fd)
         self.stray.clear()
-        self.plans.clear()
+        retire(self.plans)
         self.sock.close()
         self.fd = -1
 
@@ -168,10 +176,27 @@ class Connection:
             self.close()
 
 
+def retire(plans: dict[bytes, Plan]) -> None:
+    """Forget plans; their slots at rest go now, those in use when they are released."""
+    for plan in plans.values():
+        plan.retire()
+    plans.clear()
+
+
 def open_region(number: int, byte_size: int, fd: int) -> Region:
-    """Check and map a memfd (see wire.regions). Raises RequestError."""
-    writable = shared.check_region(fd, byte_size).writable
-    memory = memoryview(shared.map_region(fd, byte_size, writable=writable))
+    """Check and map a memfd (see wire.regions).
+
+    Raises:
+        RequestError: it is not what it should be, or cannot be mapped now: the same to a client,
+            which then sends its tensors in frames.
+    """
+    # The limit is the worker's configured one, and was checked.
+    writable = shared.check_region(fd, byte_size, byte_size_max=byte_size).writable
+    try:
+        memory = memoryview(shared.map_region(fd, byte_size, writable=writable))
+    except StorageError as error:
+        remedy = "send the tensors in frames"
+        raise RequestError(error.message, where=error.where, remedy=remedy) from error
     return Region(number, memory, fd, writable)
 
 
@@ -192,17 +217,15 @@ def adopt(message: channel.Adopt, fds: list[int]) -> Connection:
     sock = socket.socket(fileno=fds[0])
     sock.setblocking(False)
     connection = Connection(sock, message.own, message.peer)
-    regions = len(message.regions)
-    connection.stray = fds[1:]  # all of them until they are more than that
+    connection.stray = fds[1:]  # until they are known to be more than that
     try:
         for number, byte_size in message.regions:
             region = open_region(number, byte_size, connection.stray[0])
-            connection.stray.pop(0)
             connection.regions[number] = region
-    except BaseException:
+            del connection.stray[0]
+    except EdgeError:
         connection.close()
         raise
-    assert len(connection.stray) == len(fds) - 1 - regions
     connection.skip = message.skip
     if residual:
         connection.feed(residual)

@@ -20,7 +20,6 @@ import socket
 import threading
 from collections import deque
 from queue import SimpleQueue
-from struct import error as StructError
 
 from edge_runtime.clock import monotonic_ns as _monotonic_ns
 from edge_runtime.errors import (
@@ -55,7 +54,6 @@ _ANCILLARY = socket.CMSG_SPACE(2 * 4)
 _INFER = int(Kind.INFER)
 _MODEL_KINDS = frozenset(int(kind) for kind in frames.MODEL_KINDS)
 _DROPPED_FLAGS = socket.MSG_CTRUNC
-_HUNG_UP = select.EPOLLHUP | select.EPOLLERR
 
 
 class Request:
@@ -117,7 +115,7 @@ class Worker:
         self._pending: list[tuple[int, int, Request]] = []  # heap: (-priority, order, request)
         self._order = 0
         self._slot_bytes_used = 0
-        self._slot_bytes_idle = 0
+        self._slot_bytes_made = 0  # used, at rest, or dropped since the last trim
         self._run_ns_mean = 0.0  # of recent runs: what retry_after_s is made of
         self._epoll = select.epoll()
         self._epoll.register(control.fileno(), select.EPOLLIN)
@@ -149,7 +147,7 @@ class Worker:
                     if events & ~select.EPOLLOUT and owner.fd in connections:
                         if not owner.leaving:
                             self._readable(owner)
-                        elif events & _HUNG_UP:  # nobody is left to give back
+                        elif _hung_up(owner):  # nobody is left to answer or give back
                             self._close(owner)
                 elif fd == control_fd:
                     self._told()
@@ -170,9 +168,7 @@ class Worker:
             return
         while self._pending and self._runners.idle:
             request = heapq.heappop(self._pending)[2]
-            if request.connection.fd < 0:
-                self._finish(request, None, None)
-            elif not self._expired(request):
+            if not self._expired(request):
                 self._runners.start(request)
         self._status[page.WAITING] = len(self._pending)
 
@@ -183,10 +179,16 @@ class Worker:
         for owner in list(self._connections.values()):
             if 0 < owner.stalled_since_ns < limit_ns:
                 self._close(owner)
-        if self._slot_bytes_idle > IDLE_SLOT_BYTES_MAX:
-            for plan in self._plans.values():
+        self._trim()
+
+    def _trim(self) -> None:
+        """Give the memory of slots at rest back, when it is much."""
+        if self._slot_bytes_made - self._slot_bytes_used <= IDLE_SLOT_BYTES_MAX:
+            return
+        for plans in (self._plans, *(owner.plans for owner in self._connections.values())):
+            for plan in plans.values():
                 plan.free.clear()
-            self._slot_bytes_idle = 0
+        self._slot_bytes_made = self._slot_bytes_used
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -197,6 +199,8 @@ class Worker:
             room = receiving.slot.body[receiving.filled :]
         else:
             room = owner.make_room()
+            if owner.stray:  # the next frame's descriptors must not meet those of this one
+                room = room[: owner.missing()]
         try:
             count, ancillary, flags, _ = owner.sock.recvmsg_into((room,), _ANCILLARY)
         except BlockingIOError:
@@ -224,6 +228,7 @@ class Worker:
     def _parse(self, owner: Connection) -> None:
         """Use up the bytes read: every whole frame, and the beginning of a large one."""
         read_ns = _monotonic_ns()
+        began = owner.start
         while owner.receiving is None and not owner.leaving:
             have = owner.end - owner.start
             if owner.skip and have:
@@ -271,7 +276,8 @@ class Worker:
                 owner.start = owner.end
                 owner.receiving = request
         if owner.receiving is not None or owner.start != owner.end or owner.skip:
-            owner.stalled_since_ns = owner.stalled_since_ns or read_ns
+            if owner.start != began or not owner.stalled_since_ns:
+                owner.stalled_since_ns = read_ns
         elif not owner.outbox:
             owner.stalled_since_ns = 0
         if owner.leaving and not owner.in_flight:
@@ -280,10 +286,9 @@ class Worker:
     def _malformed(self, owner: Connection) -> None:
         try:
             frames.decode_prefix(owner.buffer, owner.start)
-        except (MalformedError, TooLargeError, StructError) as error:
-            self._answer_error(
-                owner, 0, error if isinstance(error, EdgeError) else MalformedError("")
-            )
+        except (MalformedError, TooLargeError) as error:
+            self._status[page.ERRORS] += 1
+            self._answer_error(owner, 0, error)
         self._close(owner)
 
     def _skip_body(self, owner: Connection, body_at: int, body_size: int) -> None:
@@ -309,8 +314,7 @@ class Worker:
         shared = any(one.region for one in plan.inputs) or any(one.region for one in plan.outputs)
         plans = owner.plans if shared else self._plans
         if len(plans) >= PLANS_MAX:
-            oldest = plans.pop(next(iter(plans)))
-            self._slot_bytes_idle -= oldest.slot_bytes * len(oldest.free)
+            plans.pop(next(iter(plans))).retire()
         plans[header] = plan
         return plan
 
@@ -334,27 +338,32 @@ class Worker:
                 )
         elif body_size > limits.frame_body_bytes_max:
             error = self._too_large(body_size)
+        elif plan.slot_bytes > limits.queue_bytes_max:  # waiting would not help
+            error = TooLargeError(
+                f"request and response of {plan.slot_bytes} bytes",
+                expected=f"<= {limits.queue_bytes_max}",
+                remedy="pass large tensors by shared memory (REGION_ADD)",
+            )
         elif (
             len(self._pending) >= limits.queue_requests_max
             or self._slot_bytes_used + plan.slot_bytes > limits.queue_bytes_max
         ):
             error = self._overloaded()
-            self._status[page.REFUSED] += 1
         else:
-            self._slot_bytes_used += plan.slot_bytes
-            if plan.free:
-                self._slot_bytes_idle -= plan.slot_bytes
-                return plan.free.pop()
             try:
-                return Slot(plan)
-            except EdgeError as failure:
-                self._slot_bytes_used -= plan.slot_bytes
-                error = failure
-            except MemoryError:
-                self._slot_bytes_used -= plan.slot_bytes
-                error = self._overloaded()
+                slot = plan.free.pop() if plan.free else self._new_slot(plan)
+                self._slot_bytes_used += plan.slot_bytes
+                return slot
+            except Exception as failure:  # noqa: BLE001 - the backend binds memory here
+                error = _edge_error(failure)
         self._refuse(owner, error, request_id, body_at, body_size)
         return None
+
+    def _new_slot(self, plan: Plan) -> Slot:
+        self._trim()
+        slot = Slot(plan)
+        self._slot_bytes_made += plan.slot_bytes
+        return slot
 
     def _too_large(self, body_size: int) -> TooLargeError:
         return TooLargeError(
@@ -379,8 +388,8 @@ class Worker:
         self, owner: Connection, error: EdgeError, request_id: int, body_at: int, body_size: int
     ) -> None:
         self._skip_body(owner, body_at, body_size)
-        if not isinstance(error, OverloadedError):
-            self._status[page.ERRORS] += 1
+        refused = isinstance(error, OverloadedError)
+        self._status[page.REFUSED if refused else page.ERRORS] += 1
         self._answer_error(owner, request_id, error)
 
     # -- what is not an inference ------------------------------------------------------------------
@@ -482,9 +491,6 @@ class Worker:
         return True
 
     def _run_inline(self, request: Request) -> None:
-        if request.connection.fd < 0:  # the client left: nobody wants the answer
-            self._finish(request, None, None)
-            return
         if request.deadline_ns and self._expired(request):
             return
         status = self._status
@@ -494,12 +500,8 @@ class Worker:
         error: EdgeError | None = None
         try:
             response = request.slot.respond()
-        except EdgeError as failure:
-            error = failure
-        except MemoryError:
-            error = _out_of_memory()
-        except Exception as failure:  # noqa: BLE001 - as in a runner: the client is told
-            error = _foreign(failure)
+        except Exception as failure:  # noqa: BLE001 - a worker must live; the client is told
+            error = _edge_error(failure)
         finally:
             status[page.RUN_BEGAN] = 0
         self._finish(request, response, error, _monotonic_ns() - began_ns)
@@ -549,7 +551,6 @@ class Worker:
             return
         plan = slot.plan
         self._slot_bytes_used -= plan.slot_bytes
-        self._slot_bytes_idle += plan.slot_bytes
         plan.free.append(slot)
 
     # -- writing -----------------------------------------------------------------------------------
@@ -618,11 +619,26 @@ class Worker:
         if owner.receiving is not None:
             self._release(owner.receiving.slot)
             owner.receiving = None
+        if owner.in_flight:
+            self._forget_pending(owner)
         owner.close()
         self._status[page.CONNECTIONS] = len(self._connections)
         if self._draining:
             self._draining.discard(owner)
         self._report_drained()
+
+    def _forget_pending(self, owner: Connection) -> None:
+        """What a client that left had waiting is not run."""
+        kept = []
+        for entry in self._pending:
+            if entry[2].connection is not owner:
+                kept.append(entry)
+                continue
+            owner.in_flight -= 1
+            self._release(entry[2].slot)
+        heapq.heapify(kept)
+        self._pending = kept
+        self._status[page.WAITING] = len(kept)
 
     # -- hand-over ---------------------------------------------------------------------------------
 
@@ -640,8 +656,7 @@ class Worker:
     def _drain(self) -> None:
         """Give every connection back, and from now on take none that does not name our version."""
         self._active = False
-        self._plans.clear()  # those without a version are not ours any more
-        self._slot_bytes_idle = 0
+        connection.retire(self._plans)  # those without a version are not ours any more
         self._draining = set(self._connections.values())
         self._drained = 0
         for owner in list(self._draining):
@@ -734,12 +749,8 @@ class Runners:
             self._status[word] = began_ns = _monotonic_ns()
             try:
                 response = request.slot.respond()
-            except EdgeError as failure:
-                error = failure
-            except MemoryError:
-                error = _out_of_memory()
             except Exception as failure:  # noqa: BLE001 - a runner must live; the client is told
-                error = _foreign(failure)
+                error = _edge_error(failure)
             finally:
                 self._status[word] = 0
             self._done.append((request, response, error, _monotonic_ns() - began_ns))
@@ -753,10 +764,17 @@ def _named(kind: int, header: bytes) -> tuple[str, str]:
     return messages.model_name_of(header), ""
 
 
-def _foreign(failure: Exception) -> InternalError:
-    """What a backend should have wrapped and did not."""
+def _hung_up(owner: Connection) -> bool:
+    """Asked of the socket itself: an event may be that of an earlier owner of the number."""
+    poll = select.poll()
+    poll.register(owner.fd, 0)
+    return bool(poll.poll(0))
+
+
+def _edge_error(failure: Exception) -> EdgeError:
+    """What the client is told of whatever a model raised."""
+    if isinstance(failure, EdgeError):
+        return failure
+    if isinstance(failure, MemoryError):
+        return OverloadedError("not enough memory for this request now", retry_after_s=0.1)
     return InternalError(f"{type(failure).__name__}: {failure}")
-
-
-def _out_of_memory() -> OverloadedError:
-    return OverloadedError("not enough memory for this request now", retry_after_s=0.1)
