@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -244,6 +245,10 @@ class OnnxModel:
 
 @functools.cache
 def _library() -> Any:
+    # Official Linux wheels from 1.29 on report model names, hashes and a device id to their maker,
+    # by default and from a thread that the import starts. An appliance sends nothing that its owner
+    # did not ask for; and what is forked must not have threads. Read by the library at import.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         import onnxruntime
     except (ImportError, OSError) as e:  # OSError: a shared object that does not load
