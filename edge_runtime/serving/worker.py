@@ -742,19 +742,22 @@ class Runners:
     def _run(self, index: int) -> None:
         word = page.RUN_BEGAN + index
         while True:
-            request = self._todo.get()
-            assert request.slot is not None
-            response: memoryview | None = None
-            error: EdgeError | None = None
-            self._status[word] = began_ns = _monotonic_ns()
-            try:
-                response = request.slot.respond()
-            except Exception as failure:  # noqa: BLE001 - a runner must live; the client is told
-                error = _edge_error(failure)
-            finally:
-                self._status[word] = 0
-            self._done.append((request, response, error, _monotonic_ns() - began_ns))
-            os.eventfd_write(self.wake_fd, 1)
+            self._run_one(word, self._todo.get())
+
+    def _run_one(self, word: int, request: Request) -> None:
+        """A call of its own: a resting runner must not hold its last request's memory."""
+        assert request.slot is not None
+        response: memoryview | None = None
+        error: EdgeError | None = None
+        self._status[word] = began_ns = _monotonic_ns()
+        try:
+            response = request.slot.respond()
+        except Exception as failure:  # noqa: BLE001 - a runner must live; the client is told
+            error = _edge_error(failure)
+        finally:
+            self._status[word] = 0
+        self._done.append((request, response, error, _monotonic_ns() - began_ns))
+        os.eventfd_write(self.wake_fd, 1)
 
 
 def _named(kind: int, header: bytes) -> tuple[str, str]:

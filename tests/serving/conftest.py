@@ -1,0 +1,29 @@
+"""Fixtures of the serving tests."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from .rig import Rig, open_descriptors
+
+
+@pytest.fixture
+def build() -> Iterator[Callable[..., Rig]]:
+    """Makes workers; at the end every slot is free again and every descriptor is closed."""
+    rigs: list[Rig] = []
+    before = len(open_descriptors())
+
+    def make(*arguments: Any, **options: Any) -> Rig:
+        rigs.append(Rig(*arguments, **options))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+    rigs.clear()
+    gc.collect()
+    assert len(open_descriptors()) == before, open_descriptors()
