@@ -1,8 +1,10 @@
 """A model that tries to get out. Each attempt's errno is one number of the output (0: it worked).
 
-Options: `files` to read, `write` a directory to write to, `pid` to kill, `sock` to connect to.
+Options: `files` to read, `write` a directory to write to, `pid` of the daemon, `leave` what is not
+to be tried.
 """
 
+import ctypes
 import os
 import socket
 import subprocess
@@ -14,26 +16,29 @@ import numpy as np
 from edge_runtime.backends.protocol import Placement
 from edge_runtime.tensors import TensorSpec
 
+WIDTH = 32
+
 
 def attempts(options):
     """(name, function) of everything that is tried, in the order of the output."""
-    found = [
-        (f"read {path}", lambda path=path: Path(path).read_bytes()) for path in options["files"]
-    ]
-    return [
-        *found,
+    den = Path(options["write"])
+    tried = [
+        *((f"read {path}", Path(path).read_bytes) for path in options["files"]),
         ("list the root", lambda: list(Path("/root").iterdir())),
-        ("write a file", lambda: (Path(options["write"]) / "loot").touch()),
-        ("make a directory", lambda: (Path(options["write"]) / "den").mkdir()),
-        ("unlink", lambda: Path(options["files"][0]).unlink()),
+        ("write a file", lambda: (den / "loot").touch()),
+        ("make a directory", lambda: (den / "den").mkdir()),
+        ("unlink", lambda: (den / "keep").unlink()),
         ("tcp socket", lambda: socket.socket(socket.AF_INET).close()),
         ("unix socket", lambda: socket.socket(socket.AF_UNIX).close()),
         ("execute", lambda: subprocess.run(["/bin/true"], check=True)),
         ("kill the daemon", lambda: os.kill(options["pid"], 0)),
-        ("trace the daemon", lambda: _trace(options["pid"])),
-        ("read the daemon's memory", lambda: _memory(options["pid"])),
+        ("kill a thread of the daemon", lambda: _call(234, options["pid"], options["pid"], 0)),
+        ("queue a signal", lambda: _call(129, options["pid"], 0, None)),
         ("in another thread", lambda: _in_thread(lambda: socket.socket(socket.AF_INET).close())),
+        ("trace the daemon", lambda: _call(101, 16, options["pid"], None, None)),  # PTRACE_ATTACH
+        ("read the daemon's memory", lambda: _memory(options["pid"])),
     ]
+    return [one for one in tried if one[0] not in options.get("leave", ())]
 
 
 def _memory(pid):
@@ -41,12 +46,11 @@ def _memory(pid):
         pass
 
 
-def _trace(pid):
-    import ctypes
-
+def _call(number, *arguments):
+    """A bare system call (x86_64 numbers)."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.ptrace(16, pid, None, None) != 0:  # PTRACE_ATTACH
-        raise OSError(ctypes.get_errno(), "ptrace")
+    if libc.syscall(number, *arguments) < 0:
+        raise OSError(ctypes.get_errno(), "syscall")
 
 
 def _in_thread(work):
@@ -66,8 +70,8 @@ def _in_thread(work):
 
 
 class Model:
-    inputs = (TensorSpec("x", "FP32", (-1, 16)),)
-    outputs = (TensorSpec("y", "FP32", (-1, 16)),)
+    inputs = (TensorSpec("x", "FP32", (-1, WIDTH)),)
+    outputs = (TensorSpec("y", "FP32", (-1, WIDTH)),)
     concurrent = True
     placement = (Placement("CPU"),)
 
@@ -75,7 +79,7 @@ class Model:
         self._options = options
 
     def run(self, inputs):
-        codes = np.full((len(inputs["x"]), 16), -1, np.float32)
+        codes = np.full((len(inputs["x"]), WIDTH), -1, np.float32)
         for index, (_, attempt) in enumerate(attempts(self._options)):
             try:
                 attempt()
