@@ -182,7 +182,9 @@ class Deployment:
             NotFoundError: that version is neither active nor warm.
         """
         worker = self.worker
-        if version in ("", str(self.active.version) if self.active else ""):
+        if self.active is None:  # not known yet (the daemon starts), or unloaded
+            return None
+        if version in ("", str(self.active.version)):
             return worker if worker is not None and worker.serving else None
         warm = self.warm
         if warm is not None and warm.serving and version == str(warm.spec.version):
@@ -190,7 +192,7 @@ class Deployment:
         raise NotFoundError(
             f"version {version!r} of {self.name} is not loaded",
             where=self.name,
-            expected=f"{self.active.version}" if self.active else "",
+            expected=str(self.active.version),
             remedy="leave the version empty for the active one",
         )
 

@@ -105,7 +105,13 @@ class Supervisor:
     def _open_store(self) -> Store:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         budget = self.config.store.byte_budget or None
-        store = Store(self._state_dir, SystemFiles(), self.clock, budget)
+        store = Store(
+            self._state_dir,
+            SystemFiles(),
+            self.clock,
+            byte_budget=budget,
+            reserve_bytes=self.config.store.free_bytes_min,
+        )
         recovery = store.open()
         for field in ("removed", "repaired", "damaged", "problems"):
             for note in getattr(recovery, field):

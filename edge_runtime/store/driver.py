@@ -90,11 +90,18 @@ class Store:
     """
 
     def __init__(
-        self, root: Path, files: Files, clock: Clock, byte_budget: int | None = None
+        self,
+        root: Path,
+        files: Files,
+        clock: Clock,
+        byte_budget: int | None = None,
+        reserve_bytes: int = RESERVE_BYTES,
     ) -> None:
+        """`reserve_bytes`: what an install must leave free on the disk."""
         self._directory = Disk(files, root)
         self._clock = clock
         self._byte_budget = byte_budget
+        self._reserve_bytes = max(reserve_bytes, RESERVE_BYTES)
         self._unlock: Callable[[], None] | None = None
         self._installs = self._switches = self._written_bytes = self._freed_bytes = 0
 
@@ -218,12 +225,12 @@ class Store:
 
     def _check_room(self, generation: Generation, missing: list[BlobRef]) -> None:
         free_bytes = self._disk.files.free_bytes(self._disk.root)
-        need_bytes = generation.manifest_size_bytes + RESERVE_BYTES
+        need_bytes = generation.manifest_size_bytes
         need_bytes += sum(blob.size_bytes + _BLOCK_BYTES for blob in missing)
-        if missing and free_bytes < need_bytes:
+        if missing and free_bytes < need_bytes + self._reserve_bytes:
             raise StorageError(
-                f"{generation.name}@{generation.version} needs {need_bytes} bytes,"
-                f" {free_bytes} are free",
+                f"{generation.name}@{generation.version} needs {need_bytes} bytes and"
+                f" {self._reserve_bytes} must stay free; {free_bytes} are free",
                 where=str(self._disk.root),
                 remedy="remove versions that are not needed, or free space",
             )
