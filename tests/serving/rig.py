@@ -37,7 +37,8 @@ ANSWER_S_MAX = 10.0  # of waiting for a runner thread
 
 def double_plus_one(inputs: Mapping[str, Array]) -> dict[str, Array]:
     """The model that most tests serve: y = 2 x + 1."""
-    return {"y": inputs["x"] * np.float32(2) + np.float32(1)}
+    with np.errstate(all="ignore"):  # a fuzz sends infinities
+        return {"y": inputs["x"] * np.float32(2) + np.float32(1)}
 
 
 class NumpyModel:
@@ -190,6 +191,17 @@ class _Stepper:
         return getattr(self._real, name)
 
 
+class _LastRequest:
+    """Ends the runner thread that looks at it; those of a real worker end with its process.
+
+    They must be gone before their descriptor's number is used again.
+    """
+
+    @property
+    def slot(self) -> None:
+        raise SystemExit
+
+
 class Client:
     """The other end of a served connection."""
 
@@ -289,7 +301,9 @@ class Rig:
         self.control.setblocking(False)
         self.status = memoryview(bytearray(page.PAGE_SIZE)).cast("Q")
         planner = plan.Planner(self.model, NAME, version, batch_axis, inputs, outputs, free)
+        others = set(threading.enumerate())
         self.worker = Worker(self.spec, planner, self._theirs, self.status, runners)
+        self._threads = set(threading.enumerate()) - others
         self.stepper = _Stepper(self.worker)
         self.worker._epoll = self.stepper  # type: ignore[assignment]
         self.clients: list[Client] = []
@@ -371,6 +385,14 @@ class Rig:
         runners = self.worker._runners
         self.worker._epoll.close()
         if runners:
+            for _ in self._threads:
+                runners._todo.put(_LastRequest())  # type: ignore[arg-type]
+            # pytest's hook warns of SystemExit, Python's own does not.
+            hook, threading.excepthook = threading.excepthook, threading.__excepthook__
+            for thread in self._threads:
+                thread.join(ANSWER_S_MAX)
+                assert not thread.is_alive()
+            threading.excepthook = hook
             os.close(runners.wake_fd)
         self.control.close()
         self._theirs.close()
