@@ -125,6 +125,22 @@ def bundle(
     return _packed(directory, manifest, blobs)
 
 
+def packed_document(directory: Path, name: str, version: int, data: bytes) -> Path:
+    """Pack a bundle of the affine model's inputs and outputs around an artifact as given."""
+    specs = (TensorSpec("x", "FP32", (-1, WIDTH)),), (TensorSpec("y", "FP32", (-1, WIDTH)),)
+    artifact = Blob(_sha(data), len(data), f"{name}.reference.json")
+    manifest = Manifest(
+        schema=1,
+        name=name,
+        version=version,
+        inputs=specs[0],
+        outputs=specs[1],
+        batch_axis=0,
+        variants=(Variant("fp32", "reference", artifact, "fp32"),),
+    )
+    return _packed(directory, manifest, {_sha(data): data})
+
+
 def onnx_bundle(
     directory: Path, name: str, version: int = 1, *, scale: float = 2.0, width: int = WIDTH
 ) -> Path:
