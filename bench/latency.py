@@ -19,6 +19,7 @@ from bench.models import MODELS
 from bench.peers import PEERS, Order
 from bench.scenario import Latency, Result, Setting
 from bench.summary import Figure, Target, per_round, quantile, spread
+from edge_runtime.client.sync import SHARED_MEMORY_MIN_BYTES
 from edge_runtime.wire import frames, messages
 
 # Calls at the start of a round that are not counted: the others have used the caches meanwhile.
@@ -65,12 +66,13 @@ def _over(peer: str, base: str) -> Formula:
 
 
 TINY_PEERS = ("in_process", "bound", "ping_pong", "edge")
-IMAGE_PEERS = ("in_process", "bound", "edge_shared", "edge_copy", "edge_inline")
+IMAGE_PEERS = ("in_process", "bound", "hop", "edge_shared", "edge_copy", "edge_inline")
 _ADDED = Ratio("added to the in-process call", _added, "us")
 _IMAGE_RATIOS = (
     Ratio("copied once / in process", _over("edge_copy", "in_process")),
     Ratio("inside the frame / in process", _over("edge_inline", "in_process")),
-    Ratio("by shared memory / IOBinding", _over("edge_shared", "bound")),
+    Ratio("bare socket before IOBinding / in process", _over("hop", "in_process")),
+    Ratio("by shared memory / bare socket before IOBinding", _over("edge_shared", "hop")),
     Ratio("added by shared memory", lambda us: us["edge_shared"] - us["in_process"], "us"),
 )
 _BY_SHARED_MEMORY = Ratio(
@@ -147,14 +149,16 @@ def _order(peer: str, model: str, artifact: str, path: str, near: int, far: int)
 
 
 def frame_sizes(model: str) -> tuple[int, int]:
-    """Bytes of a request and of a response of the model, tensors of both inside the frames."""
+    """Bytes of a request and of a response of the model. Large inputs are elsewhere, outputs in
+    the frame."""
     spec = MODELS[model]
     tensor = _tensor(spec.input, spec.shape)
     request = messages.encode_header(messages.InferRequest(model, (tensor,)))
     tensor = _tensor(spec.output, spec.output_shape)
     response = messages.encode_header(messages.InferResponse(model, "1", (tensor,)))
+    inline = _bytes(spec.shape)
     return (
-        frames.PREFIX_SIZE + len(request) + _bytes(spec.shape),
+        frames.PREFIX_SIZE + len(request) + (inline if inline < SHARED_MEMORY_MIN_BYTES else 0),
         frames.PREFIX_SIZE + len(response) + _bytes(spec.output_shape),
     )
 

@@ -77,26 +77,43 @@ def ping_pong(order: Order) -> Call:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     if os.fork() == 0:
         near.close()
-        _echo(far, order)
+        os.sched_setaffinity(0, {order.far_core})
+        _echo(far, order, lambda: None)
     far.close()
+    return _ask(near, order)
+
+
+def _ask(sock: socket.socket, order: Order) -> Call:
     request, inbox = bytes(order.request_bytes), bytearray(order.response_bytes)
 
     def call() -> None:
-        near.send(request)
-        near.recv_into(inbox)
+        sock.send(request)
+        sock.recv_into(inbox)
 
     return call
 
 
-def _echo(sock: socket.socket, order: Order) -> None:
-    """Answer until the other end closes. Never returns."""
-    os.sched_setaffinity(0, {order.far_core})
+def _echo(sock: socket.socket, order: Order, work: Call) -> None:
+    """Do `work` and answer, until the other end closes. Never returns."""
     inbox, response = bytearray(order.request_bytes), bytes(order.response_bytes)
     try:
         while sock.recv_into(inbox):
+            work()
             sock.send(response)
     finally:
         os._exit(0)
+
+
+def hop(order: Order) -> Call:
+    """As `ping_pong`, with the bound model run between receiving and sending: the least that a
+    process of its own costs, however it is written (inputs lie in its memory already)."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    if os.fork() == 0:
+        near.close()
+        os.sched_setaffinity(0, {order.far_core})
+        _echo(far, order, bound(order))
+    far.close()
+    return _ask(near, order)
 
 
 def shared(order: Order) -> Call:
@@ -124,6 +141,7 @@ PEERS: Mapping[str, Peer] = {
     "in_process": Peer("in process, `InferenceSession.run`", in_process),
     "bound": Peer("in process, IOBinding", bound),
     "ping_pong": Peer("bare socket ping-pong", ping_pong),
+    "hop": Peer("bare socket before IOBinding", hop),
     "edge": Peer("Edge Runtime", ordinary),
     "edge_shared": Peer("Edge Runtime, `client.tensor` (no copy)", shared),
     "edge_copy": Peer("Edge Runtime, ordinary array (one copy)", ordinary),
