@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 from edge_runtime.daemon.access import Access
@@ -31,8 +31,13 @@ from edge_runtime.wire.reader import FrameReader, TooLarge
 # Commands are small; files come as descriptors.
 BODY_SIZE_MAX = 1024 * 1024
 _ANCILLARY = socket.CMSG_SPACE(4 * 4)
+# A command takes one at most; those that came early with the next few are kept.
+FDS_MAX = 16
 # When there is no descriptor left for a new connection: until old ones have ended.
 ACCEPT_PAUSE_S = 0.2
+# How long, and how many at once, clients that were refused may take to read it.
+TURNED_AWAY_S = 1.0
+TURNED_AWAY_MAX = 16
 
 Say = Callable[[dict[str, Any]], None]
 Command = Callable[[dict[str, Any], list[int], Say], Awaitable[dict[str, Any]]]
@@ -56,6 +61,7 @@ class ControlServer:
         self._events = events
         self._uid = os.geteuid()
         self._sessions: set[asyncio.Task[None]] = set()
+        self._turned_away: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         sock.setblocking(False)
         self._loop.add_reader(sock.fileno(), self._accept)
@@ -64,9 +70,10 @@ class ControlServer:
         """Stop listening; commands under way are cancelled."""
         self._loop.remove_reader(self._sock.fileno())
         self._sock.close()
-        for session in self._sessions:
-            session.cancel()
-        await asyncio.gather(*self._sessions, return_exceptions=True)
+        tasks = [*self._sessions, *self._turned_away]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _accept(self) -> None:
         try:
@@ -79,21 +86,34 @@ class ControlServer:
             self._loop.call_later(ACCEPT_PAUSE_S, self._resume_accept)
             return
         sock.setblocking(False)
-        error_document = self._refusal(sock)
-        if error_document is not None:
-            try:
-                sock.send(messages.encode_error(error_document))
-            except OSError:
-                pass  # already gone
-            sock.close()
-            return
-        task = self._loop.create_task(self._session(sock))
-        self._sessions.add(task)
-        task.add_done_callback(self._sessions.discard)
+        refusal = self._refusal(sock)
+        if refusal is None:
+            self._keep(self._sessions, self._session(sock))
+        else:
+            self._keep(self._turned_away, self._turn_away(sock, refusal))
+
+    def _keep(self, tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     def _resume_accept(self) -> None:
         if self._sock.fileno() >= 0:
             self._loop.add_reader(self._sock.fileno(), self._accept)
+
+    async def _turn_away(self, sock: socket.socket, refusal: EdgeError) -> None:
+        """Say why, and stay until it is read: a client that still sends would lose it."""
+        try:
+            sock.send(messages.encode_error(refusal))
+            sock.shutdown(socket.SHUT_WR)
+            if len(self._turned_away) <= TURNED_AWAY_MAX:
+                async with asyncio.timeout(TURNED_AWAY_S):
+                    while await self._loop.sock_recv(sock, 65536):
+                        pass
+        except (OSError, TimeoutError):
+            pass  # gone, or it does not go: told either way
+        finally:
+            sock.close()
 
     def _refusal(self, sock: socket.socket) -> EdgeError | None:
         if len(self._sessions) >= self._connections_max:
@@ -125,6 +145,8 @@ class ControlServer:
                     fds += channel.descriptors(ancillary)
                     if not data:
                         return
+                    if len(fds) > FDS_MAX:
+                        raise MalformedError("too many descriptors", expected=f"<= {FDS_MAX}")
                     reader.feed(data)
                 elif isinstance(frame, TooLarge):
                     await self._send(

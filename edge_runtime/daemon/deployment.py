@@ -8,7 +8,8 @@ served before serving. Verdicts about deaths come from `serving.health`, process
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -80,7 +81,8 @@ class Deployment:
         self._returned = returned
         self._lock = asyncio.Lock()
         self._deaths_ns: list[int] = []
-        self._recovery: asyncio.Task[None] | None = None
+        self._recovery: asyncio.Task[Any] | None = None
+        self._loading: WorkerProcess | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing = False
 
@@ -92,6 +94,7 @@ class Deployment:
 
     async def resume(self) -> None:
         """After a start of the daemon: serve what the store says is active. Never raises."""
+        self._recovery = asyncio.current_task()
         async with self._lock:
             switch = await self._shelf.call(lambda store: store.current(self.name))
             if switch.active is None:
@@ -110,7 +113,7 @@ class Deployment:
             ModelError: no variant of it loads and keeps its goldens.
             EdgeError: the store could not switch.
         """
-        async with self._lock:
+        async with self._superseding():
             worker, warm = await self._loaded(generation)
             try:
                 switch = await self._shelf.call(
@@ -128,7 +131,7 @@ class Deployment:
             ConflictError: there is none.
             ModelError: it does not load any more; the present one goes on.
         """
-        async with self._lock:
+        async with self._superseding():
             switch = await self._shelf.call(lambda store: store.current(self.name))
             if switch.previous is None:
                 raise ConflictError(
@@ -149,11 +152,10 @@ class Deployment:
         Raises:
             NotFoundError: the model is not installed.
         """
-        async with self._lock:
+        async with self._superseding():
             switch = await self._shelf.call(lambda store: store.deactivate(self.name))
             version = self.active.version if self.active else 0
             variant = self.worker.spec.variant if self.worker else ""
-            self._cancel_recovery()
             worker, self.worker = self.worker, None
             warm, self.warm = self.warm, None
             self.active, self.state, self.reason = None, "stopped", "unloaded"
@@ -173,7 +175,7 @@ class Deployment:
 
     def retry_after_s(self) -> float:
         """When a client that was told "unavailable" may try again."""
-        return 1.0 if self.state in ("failed", "stopped") else 0.02
+        return 1.0 if self.state in ("failed", "stopped") and not self._loading else 0.02
 
     def serving(self, version: str) -> WorkerProcess | None:
         """The worker for a requested version ("": the active one), if there is one now.
@@ -205,6 +207,24 @@ class Deployment:
                 running_s = worker.running_s()
                 if running_s > limit_s:
                     worker.kill(hung_for_s=running_s)
+
+    @contextlib.asynccontextmanager
+    async def _superseding(self) -> AsyncIterator[None]:
+        """The lock, at once: a recovery under way, however slow its load, makes way for a command.
+
+        If the command fails, the recovery starts again.
+        """
+        if self.active is not None:
+            self._cancel_recovery()
+        async with self._lock:
+            try:
+                yield
+            except EdgeError:
+                recovers = self._recovery is not None and not self._recovery.done()
+                if self.active is not None and self.worker is None and not recovers:
+                    self.state = "backoff"
+                    self._plan_recovery()
+                raise
 
     # -- loading ----------------------------------------------------------------------------------
 
@@ -264,6 +284,7 @@ class Deployment:
         worker = WorkerProcess(spec, "", self._clock, self._returned)
         template = self._templates.get(variant.backend)
         limit_s = self.config.load_time_max_s
+        self._loading = worker
         try:
             async with asyncio.timeout(limit_s):
                 await template.fork(worker)
@@ -279,6 +300,8 @@ class Deployment:
         except BaseException:
             worker.kill()
             raise
+        finally:
+            self._loading = None
         worker.backend_version = template.version
         self._watch(worker)
         self._emit(
@@ -384,8 +407,11 @@ class Deployment:
 
     def _after_death(self) -> None:
         """Count a death of the active generation and plan what comes next."""
+        self._deaths_ns = [*self._deaths_ns, self._clock.monotonic_ns()][-DEATHS_KEPT:]
+        self._plan_recovery()
+
+    def _plan_recovery(self) -> None:
         now_ns = self._clock.monotonic_ns()
-        self._deaths_ns = [*self._deaths_ns, now_ns][-DEATHS_KEPT:]
         verdict = health.after_death(self._deaths_ns, now_ns, specs.restart_policy(self.config))
         if not self._closing:
             self._recovery = self._spawn(self._recover(verdict))
@@ -438,9 +464,9 @@ class Deployment:
             self._emit("model_failed", str(error), level="error", code=error.code)
 
     def _cancel_recovery(self) -> None:
-        task, self._recovery = self._recovery, None
-        if task is not None and task is not asyncio.current_task():
-            task.cancel()
+        if self._recovery is not None and self._recovery is not asyncio.current_task():
+            self._recovery.cancel()
+            self._recovery = None
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
@@ -463,6 +489,7 @@ class Deployment:
             "active": self._describe_generation(self.active, worker) if self.active else None,
             "device": _device(worker),
             "restarts": self.restarts,
+            "loading": _describe_loading(self._loading) if self._loading else None,
         }
 
     def _describe_generation(
@@ -478,6 +505,12 @@ class Deployment:
                 "placement": msgspec.to_builtins(worker.report.placement) if worker.report else [],
             }
         return facts
+
+
+def _describe_loading(worker: WorkerProcess) -> dict[str, Any]:
+    """What a load under way does now: fork, import, load, warmup, goldens."""
+    spec = worker.spec
+    return {"version": spec.version, "variant": spec.variant, "phase": worker.phase}
 
 
 def _device(worker: WorkerProcess | None) -> str:

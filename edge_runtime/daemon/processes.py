@@ -327,7 +327,7 @@ class Template:
         self._failure: dict[str, Any] = {}
         self._stopping = False
         self._tokens = 0
-        self._orders: dict[int, asyncio.Future[channel.Forked]] = {}
+        self._orders: dict[int, tuple[asyncio.Future[None], WorkerProcess]] = {}
         self._oom_kills = memory.oom_kills()
         ours, theirs = channel.pair()
         self._line = Line(ours, loop, self._receive)
@@ -360,19 +360,17 @@ class Template:
             BackendError: the template has died, or the system has no process to give.
         """
         worker.phase = "import"
-        await asyncio.wait_for(asyncio.shield(self.ready), IMPORT_S_MAX)
+        await asyncio.shield(self.ready)  # within IMPORT_S_MAX, or it ends
         self._tokens += 1
         token = self._tokens
-        order: asyncio.Future[channel.Forked] = asyncio.get_running_loop().create_future()
-        self._orders[token] = order
+        order: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._orders[token] = order, worker
         if not self._line.send(channel.Fork(token), worker.descriptors()):
             raise UnavailableError(f"the {self.backend} template is gone")
         worker.phase = "fork"
-        forked = await asyncio.wait_for(order, FORK_S_MAX)
-        if forked.pid:
-            worker.forked(forked.pid, self._reaper)
-        else:
-            worker.not_forked(forked.reason)
+        # Not wait_for: Python 3.11's loses a cancellation that comes together with the result.
+        async with asyncio.timeout(FORK_S_MAX):
+            await order
 
     async def stop(self, grace_s: float) -> None:
         """End the process."""
@@ -398,11 +396,20 @@ class Template:
         elif isinstance(message, channel.Failed):
             self._failure = message.error
         elif isinstance(message, channel.Forked):
-            order = self._orders.pop(message.token, None)
-            if order is not None and not order.done():
-                order.set_result(message)
-            elif message.pid:  # whoever ordered it has given up
+            self._forked(message, *self._orders.pop(message.token))
+
+    def _forked(
+        self, message: channel.Forked, order: asyncio.Future[None], worker: WorkerProcess
+    ) -> None:
+        if order.done():  # whoever ordered it has given up
+            if message.pid:
                 os.kill(message.pid, signal.SIGKILL)
+            return
+        if message.pid:
+            worker.forked(message.pid, self._reaper)
+        else:
+            worker.not_forked(message.reason)
+        order.set_result(None)
 
     def _end(self, status: int) -> None:
         self._line.drain()
@@ -428,7 +435,7 @@ class Template:
         if not self.ready.done():
             self.ready.set_exception(error)
             self.ready.exception()
-        for order in self._orders.values():
+        for order, _ in self._orders.values():
             if not order.done():
                 order.set_exception(error)
         self._orders.clear()

@@ -236,7 +236,8 @@ def test_only_root_and_the_daemons_user_control_it(daemon):
         with ControlClient(daemon.control_path, timeout_s=5) as control:
             return len(control.call("models")["models"])
 
-    assert as_user(BOB, [], models) == "permission_denied"
+    for _ in range(20):  # whichever is first, its request or our refusal
+        assert as_user(BOB, [], models) == "permission_denied"
     assert isinstance(models(), int)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -122,7 +123,7 @@ def test_a_library_that_fails_at_import_is_a_diagnosis_and_no_outage(daemon, bac
             daemon.add(backend, backend=backend)
         assert words in str(caught.value)
         fds = fds or daemon.fds()
-    assert daemon.fds() <= fds, daemon.descriptors()
+    until(lambda: daemon.fds() <= fds, f"{fds} descriptors, {daemon.descriptors()}")
     died = daemon.events("template_died", backend=backend)
     assert len(died) >= 4 and words in died[-1]["message"]
     assert daemon.infer("neighbour") == 7.0
@@ -300,6 +301,43 @@ def test_a_model_that_cannot_be_loaded_any_more_says_so_and_is_tried_again(daemo
     assert daemon.infer("rotten") == 7.0
 
 
+@pytest.fixture
+def slow_restart(make_daemon) -> tuple[Daemon, float]:
+    """A daemon whose model is being restarted, and how long that takes, in seconds."""
+    load_s = 1.2
+    daemon = make_daemon().start()
+    daemon.add("slow", 1, scale=1.0)
+    daemon.add("slow", 2, options={"load_ms": load_s * 1000})
+    os.kill(daemon.worker("slow")["pid"], signal.SIGKILL)
+    until(lambda: daemon.model("slow")["state"] == "loading")
+    return daemon, load_s
+
+
+def test_a_rollback_does_not_wait_for_a_slow_restart(slow_restart):
+    daemon, load_s = slow_restart
+    began_s = time.monotonic()
+    assert daemon.control("rollback", name="slow")["version"] == 1
+    assert time.monotonic() - began_s < load_s / 2
+    assert daemon.infer("slow") == 4.0
+    assert daemon.model("slow")["loading"] is None
+
+
+def test_an_unload_does_not_wait_for_a_slow_restart(slow_restart):
+    daemon, load_s = slow_restart
+    began_s = time.monotonic()
+    daemon.control("unload", name="slow")
+    assert time.monotonic() - began_s < load_s / 2
+    assert daemon.model("slow")["state"] == "stopped"
+    until(lambda: not [w for w in daemon.control("ps")["workers"] if w["model"] == "slow"])
+
+
+def test_a_command_that_fails_lets_the_restart_go_on(slow_restart):
+    daemon, _ = slow_restart
+    with pytest.raises(ModelError):
+        daemon.add("slow", 3, golden_off=1.0)
+    assert daemon.infer("slow") == 7.0 and daemon.model("slow")["active"]["version"] == 2
+
+
 @contextlib.contextmanager
 def damaged(path: Path) -> Iterator[None]:
     """The file with other bytes, and with its own again afterwards."""
@@ -443,7 +481,7 @@ def test_a_worker_killed_while_it_loads_is_an_error_answer(daemon):
     pid = until(lambda: loading_pid("edge:killed-loa"))
     os.kill(pid, signal.SIGKILL)
     thread.join(10)
-    assert "died during load: killed by SIGKILL" in str(caught[0])
+    assert re.search("died during (fork|load): killed by SIGKILL", str(caught[0]))
 
 
 def loading_pid(name: str) -> int:

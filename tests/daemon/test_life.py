@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -98,15 +99,25 @@ def test_when_no_variant_is_fit_every_reason_is_told(daemon):
 
 def test_the_phase_of_a_slow_load_is_told_while_it_lasts(daemon):
     events: list[dict[str, object]] = []
-    path = bundle(daemon.bundles, "slow-load", options={"load_ms": 600})
+    options = {"load_ms": 300, "run_ms": 100}
+    path = bundle(daemon.bundles, "slow-load", options=options, golden_off=0.0)
     thread = threading.Thread(target=lambda: events.append(daemon.install(path)))
     thread.start()
     until(lambda: "slow-load" in [m["name"] for m in daemon.control("models")["models"]])
-    assert daemon.model("slow-load")["state"] in ("loading", "stopped")
+    phases: list[str] = []
+    while not events:
+        loading = daemon.control("why", name="slow-load")["model"]["loading"]
+        if loading and loading["phase"] not in phases:
+            phases.append(loading["phase"])
+    assert [one for one in phases if one in ("load", "warmup", "goldens")] == [
+        "load",
+        "warmup",
+        "goldens",
+    ]
+    assert daemon.model("slow-load")["loading"] is None
     with daemon.client() as client:  # waits, because a retry may help while it loads
         assert client.infer("slow-load", {"x": filled(3)})["y"][0, 0] == 7.0
     thread.join()
-    assert events
 
 
 # --- which version, which model, which socket -----------------------------------------------------
@@ -464,3 +475,39 @@ def test_an_error_of_a_command_has_its_code(daemon):
     with pytest.raises(EdgeError) as caught:
         daemon.control("activate", name="nobody", version=1)
     assert caught.value.code == "not_found"
+
+
+# Another user, who may read what the interpreter of these tests lies in, and nothing else.
+SETPRIV = "--reuid=65534 --regid=65534 --clear-groups --bounding-set=-all,+dac_read_search"
+CAPABILITIES = "--inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search"
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv is not installed")
+def test_a_daemon_of_an_ordinary_user_serves_the_same_way(make_daemon):
+    daemon = make_daemon()
+    for path in (daemon.root, daemon.bundles):
+        os.chown(path, 65534, 65534)
+    daemon.start(prefix=["setpriv", *SETPRIV.split(), *CAPABILITIES.split()])
+    status = Path(f"/proc/{daemon.pid}/status").read_text()
+    assert "Uid:\t65534" in status and "CapEff:\t0000000000000004" in status
+    daemon.add("plain", 1, scale=1.0, golden_off=0.0)
+    daemon.add("plain", 2)
+    assert daemon.infer("plain") == 7.0
+    sandbox = daemon.worker("plain")["sandbox"]
+    assert not [measure for measure in sandbox if measure.startswith("no ")], sandbox
+    assert daemon.worker("plain")["private_bytes"] > 0
+    os.kill(daemon.worker("plain")["pid"], signal.SIGKILL)
+    assert daemon.infer("plain") == 7.0
+    # Many connections with memory in one hand-over: what may be in flight is limited for him.
+    clients = [daemon.client() for _ in range(60)]
+    x = np.full((5000, WIDTH), 3, np.float32)
+    for version in (1, 2):
+        for client in clients:
+            client.infer("plain", {"x": x})
+        daemon.control("activate", name="plain", version=version)
+    for client in clients:
+        assert (client.infer("plain", {"x": x})["y"] == 7.0).all()
+        client.close()
+    assert daemon.control("unload", name="plain")["freed_bytes"] > 0

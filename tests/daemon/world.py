@@ -228,13 +228,24 @@ class Daemon:
 
     # -- its life
 
-    def start(self, *, wait: bool = True, enter: Callable[[], None] | None = None) -> Daemon:
-        """Start it; `enter` runs in the new process before the program (to join a cgroup)."""
+    def start(
+        self,
+        *,
+        wait: bool = True,
+        enter: Callable[[], None] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> Daemon:
+        """Start it.
+
+        Args:
+            enter: runs in the new process before the program (to join a cgroup).
+            prefix: a program that becomes the daemon (to be another user).
+        """
         config = self.root / "config.yaml"
         config.write_text(yaml.safe_dump(self._config))
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                serve_command(self.state_dir, self.run_dir, "--config", str(config)),
+                [*prefix, *serve_command(self.state_dir, self.run_dir, "--config", str(config))],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

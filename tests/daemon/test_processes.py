@@ -1,0 +1,59 @@
+"""The supervisor's end of a channel, where a whole daemon would need luck to show it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+from edge_runtime.daemon.processes import Line
+from edge_runtime.serving import channel
+
+
+def descriptors() -> set[str]:
+    return {f"{fd.name} {fd.readlink()}" for fd in Path("/proc/self/fd").iterdir() if fd.exists()}
+
+
+def filled_line(loop: asyncio.AbstractEventLoop) -> tuple[Line, object, int]:
+    """A line whose peer reads nothing, and whose queue holds messages with a descriptor each."""
+    ours, theirs = channel.pair()
+    line = Line(ours, loop, lambda _message, _fds: None)
+    message = channel.Adopt(own=False, residual=bytes(channel.RESIDUAL_INLINE_MAX))
+    count = 0
+    while len(line._queue) < 3:
+        assert line.send(message, [os.open("/dev/null", os.O_RDONLY)])
+        count += 1
+    return line, theirs, count
+
+
+def test_messages_that_wait_are_sent_in_order_when_the_peer_reads():
+    async def main() -> None:
+        before = descriptors()
+        line, theirs, count = filled_line(asyncio.get_running_loop())
+        theirs.setblocking(False)
+        for _ in range(count):
+            while True:
+                try:
+                    message, fds = channel.receive(theirs)
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(0)
+            assert isinstance(message, channel.Adopt) and len(fds) == 1
+            os.close(fds[0])
+        line.close()
+        theirs.close()
+        assert descriptors() == before
+
+    asyncio.run(main())
+
+
+def test_a_peer_that_dies_with_messages_waiting_costs_each_descriptor_one_close():
+    async def main() -> None:
+        before = descriptors()
+        line, theirs, _ = filled_line(asyncio.get_running_loop())
+        theirs.close()
+        line._writable()  # as the loop would: the first message that waits finds the peer gone
+        assert not line.send(channel.Stop(), [os.open("/dev/null", os.O_RDONLY)])
+        assert descriptors() == before
+
+    asyncio.run(main())
