@@ -31,6 +31,8 @@ from edge_runtime.serving.spec import WorkerSpec
 def main(name: str) -> int:
     """Import the library, then fork on demand until the channel closes."""
     control = socket.socket(fileno=channel.TEMPLATE_FD)
+    # What whoever started the daemon left open is no model's business.
+    os.closerange(channel.TEMPLATE_FD + 1, os.sysconf("SC_OPEN_MAX"))
     sandbox.set_name(f"edge-t:{name}")
     sandbox.die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -116,6 +116,20 @@ def test_a_worker_inherits_no_descriptor_of_the_daemon_or_its_template(daemon):
     assert kinds <= {"socket", "anon_inode", "/memfd"}, beyond
 
 
+def test_a_worker_inherits_nothing_that_the_daemon_was_started_with(make_daemon):
+    daemon = make_daemon()
+    daemon.start(prefix=["sh", "-c", 'exec 9</etc/hostname; exec "$@"', "sh"])
+    daemon.add("alone")
+
+    def holds(pid: int) -> bool:
+        links = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+        return "/etc/hostname" in links
+
+    assert holds(daemon.pid)  # the test can fail
+    assert not holds(daemon.control("ps")["templates"][0]["pid"])
+    assert not holds(daemon.worker("alone")["pid"])
+
+
 def test_more_connections_than_a_worker_may_open_cost_connections_and_not_the_worker(daemon):
     daemon.add("crowded")
     pid = daemon.worker("crowded")["pid"]
