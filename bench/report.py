@@ -171,7 +171,7 @@ def plot(measured: Sequence[Measured], path: Path) -> bool:
     if not shown:
         return True
     figure, panels = pyplot.subplots(
-        len(shown), 1, figsize=(8, 1.2 + 1.7 * len(shown)), squeeze=False, layout="constrained"
+        len(shown), 1, figsize=(9, 1.2 + 1.7 * len(shown)), squeeze=False, layout="constrained"
     )
     for one, panel in zip(shown, panels[:, 0], strict=True):
         assert one.result is not None
@@ -183,7 +183,7 @@ def plot(measured: Sequence[Measured], path: Path) -> bool:
             widths=0.6,
             showfliers=False,
         )
-        panel.set_title(f"{one.name}: {one.title}", fontsize="medium", loc="left")
+        panel.set_title(f"{one.name}: {one.title}", fontsize="small", loc="left")
         panel.set_xlabel("microseconds a call: p50 of each round")
         panel.set_xlim(left=0)
         panel.grid(axis="x", alpha=0.3)
