@@ -46,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "why": Command("edge_runtime.cli.status", "how a model came to its state"),
     "ready": Command("edge_runtime.cli.status", "exit 0 if a model answers, 6 if not"),
     "infer": Command("edge_runtime.cli.infer", "run a model on images, arrays or JSON"),
+    "bench": Command("edge_runtime.cli.bench", "offer a model more than it can take, and measure"),
     "config": Command("edge_runtime.cli.configuration", "show or check the configuration"),
     "bundle": Command("edge_runtime.cli.bundle", "create, inspect, lint or extract a bundle"),
     "version": Command("edge_runtime.cli.status", "the version of this program"),

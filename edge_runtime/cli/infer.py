@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
         description="Run a model. Without --image, --npy or --json FILE, shows what it takes.",
     )
     parser.add_argument(
-        "target", metavar="NAME", type=_name_and_version, help="the model, or NAME@VERSION"
+        "target", metavar="NAME", type=name_and_version, help="the model, or NAME@VERSION"
     )
     source = parser.add_argument_group("what to run it on (one of)")
     source.add_argument("--image", nargs="+", type=Path, metavar="FILE", help="image files")
@@ -193,7 +193,7 @@ def _images_document(name: str, results: list[tuple[Path, list[Any], Timed]]) ->
 
 
 def _infer_npy(session: _Session, arguments: argparse.Namespace) -> int:
-    inputs = _arrays(arguments.npy)
+    inputs = read_arrays(arguments.npy)
     if "" in inputs:  # a lone array: the input that was named, or the first
         name = arguments.input or session.metadata()["inputs"][0]["name"]
         inputs = {name: inputs[""]}
@@ -210,7 +210,7 @@ def _infer_npy(session: _Session, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _arrays(path: Path) -> dict[str, Array]:
+def read_arrays(path: Path) -> dict[str, Array]:
     """The arrays of a .npz by name, or that of a .npy under the name "".
 
     Raises:
@@ -288,7 +288,7 @@ def _show_model(session: _Session, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _name_and_version(text: str) -> tuple[str, str]:
+def name_and_version(text: str) -> tuple[str, str]:
     """`NAME` or `NAME@VERSION`; the active version is ""."""
     if "@" not in text:
         return text, ""
