@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import traceback
+from pathlib import Path
 
 import msgspec
 
@@ -31,8 +32,7 @@ from edge_runtime.serving.spec import WorkerSpec
 def main(name: str) -> int:
     """Import the library, then fork on demand until the channel closes."""
     control = socket.socket(fileno=channel.TEMPLATE_FD)
-    # What whoever started the daemon left open is no model's business.
-    os.closerange(channel.TEMPLATE_FD + 1, os.sysconf("SC_OPEN_MAX"))
+    _close_inherited()
     sandbox.set_name(f"edge-t:{name}")
     sandbox.die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -59,6 +59,16 @@ def main(name: str) -> int:
         if not isinstance(message, channel.Fork):
             return 0  # Stop, or the supervisor is gone
         _fork(backend, control, message, fds)
+
+
+def _close_inherited() -> None:
+    """What whoever started the daemon left open is no model's business."""
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        if int(entry.name) > channel.TEMPLATE_FD:
+            try:
+                os.close(int(entry.name))
+            except OSError:
+                pass  # the descriptor of this very listing
 
 
 def _fork(backend: Backend, control: socket.socket, order: channel.Fork, fds: list[int]) -> None:
