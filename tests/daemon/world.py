@@ -220,7 +220,8 @@ class Daemon:
         self._mark = f"EDGE_TEST_MARK={uuid.uuid4().hex}"
         self._environment = {**os.environ, **(environment or {})}
         if odd_backends:
-            self._environment["PYTHONPATH"] = str(HERE / "odd")
+            paths = [str(HERE / "odd"), self._environment.get("PYTHONPATH", "")]
+            self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         name, _, value = self._mark.partition("=")
         self._environment[name] = value
         self.log_path = self.root / "log"
