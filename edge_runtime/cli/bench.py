@@ -153,11 +153,11 @@ def _inputs(arguments: argparse.Namespace) -> dict[str, Array]:
     """From the file that was given, or made up from the model's own description."""
     import numpy as np
 
-    from edge_runtime.client import Client, images
+    from edge_runtime.client import Client, RetryPolicy, images
     from edge_runtime.client.load.request import inputs_of
 
-    timeout_s = arguments.timeout_s or TIMEOUT_S
-    with Client(arguments.run_dir / "infer.sock", timeout_s=timeout_s) as client:
+    path, timeout_s = arguments.run_dir / "infer.sock", arguments.timeout_s or TIMEOUT_S
+    with Client(path, timeout_s=timeout_s, retry=RetryPolicy(enabled=False)) as client:
         name, version = arguments.target
         metadata = client.metadata(name, version=version)
     if arguments.image:

@@ -49,7 +49,7 @@ def row(observations: Observations, **given_: Any) -> Load:
 
 ROWS = st.lists(
     st.tuples(
-        st.floats(0, 1, exclude_max=True),
+        st.floats(0, 0.999),
         st.floats(0, 500),
         st.integers(NOT_OFFERED, FIRST_CODE + len(CODES) - 1),
     ),

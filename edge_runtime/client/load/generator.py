@@ -172,16 +172,16 @@ class Generator:
 
     def _watch(self, run: _Run, work: Callable[[], None]) -> Observations:
         interrupted = False
-        began_s = _cpu_s()
         with _without_collections():
+            began_s = _cpu_s()
+            run.begin()
             try:
                 work()
-                cpu_share = (_cpu_s() - began_s) / max(run.now() / 1e9, 1e-9)
                 run.drain()
             except KeyboardInterrupt:
                 interrupted = True
-                cpu_share = (_cpu_s() - began_s) / max(run.now() / 1e9, 1e-9)
                 run.elapsed_ns = run.elapsed_ns or run.now()
+            cpu_share = (_cpu_s() - began_s) / (run.now() / 1e9)
         run.abandon()
         self._next_id += len(run.records.due_ns)
         return Observations(
@@ -219,7 +219,11 @@ class _Run:
         self._clock_ns = now_ns
         self._next = 0  # the first request that was not given out
         self._outstanding = 0
-        self._began_ns = now_ns()
+        self._began_ns = 0
+
+    def begin(self) -> None:
+        """Time counts from here."""
+        self._began_ns = self._clock_ns()
 
     def now(self) -> int:
         """Nanoseconds from the beginning."""
