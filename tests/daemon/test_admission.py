@@ -35,6 +35,7 @@ def daemon() -> Iterator[Daemon]:
             "bytes": {"queue_bytes_max": "1 MiB"},
             "flat": {"priority_max": 0},
             "deadline-inline": {"runners": 0},
+            "left-inline": {"runners": 0},
             "private": {"access": {"users": [ALICE]}},
             "crew": {"access": {"groups": [CREW]}},
         },
@@ -137,6 +138,18 @@ def test_a_request_whose_deadline_passed_in_the_queue_is_not_run(daemon, name):
     assert {number for number, kind in answers.items() if kind == 0xFF} == {2, 4}
     worker = daemon.worker(name)
     assert (worker["requests"], worker["expired"], worker["errors"]) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("name", ["left", "left-inline"])
+def test_requests_of_a_client_that_has_left_are_not_run(daemon, name):
+    slow(daemon, name)
+    with daemon.raw() as raw:
+        raw.send(b"".join(infer_frame(name, request_id=n) for n in range(30)))
+        until(lambda: daemon.worker(name)["waiting"] > 20)
+    began_s = time.monotonic()
+    assert daemon.infer(name) == 7.0
+    assert time.monotonic() - began_s < 15 * SLOW_MS / 1e3  # and not behind thirty runs
+    assert daemon.worker(name)["requests"] < 15
 
 
 def test_a_client_gets_a_deadline_error_in_time_and_goes_on(daemon):
