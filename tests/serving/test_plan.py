@@ -284,6 +284,30 @@ def test_tensors_in_regions_are_read_and_written_in_place_aligned_or_not(offset:
     assert not any(shared[7].memory[offset + 24 : offset + 100])
 
 
+@pytest.mark.parametrize(
+    ("rows", "names", "static"),
+    [
+        (1, ("sum",), False),  # the INT64 input lies behind 12 bytes
+        (2, ("sum", "count"), True),
+        (2, ("count", "sum"), True),
+    ],
+)
+def test_slots_are_bound_where_every_tensor_is_aligned(
+    rows: int, names: tuple[str, ...], static: bool
+) -> None:
+    wanted = tuple(RequestedOutput(name) for name in names)
+    assert planner().plan(request(*good(rows), outputs=wanted), {}).static is static
+
+
+def test_an_output_in_a_region_takes_no_room_between_those_in_the_frame() -> None:
+    inputs = (header("a", "FP32", (1, 3), shared_memory_region=0), good(1)[1])
+    for offset, static in ((0, True), (64, True), (2, False)):
+        here = TensorParameters(shared_memory_region=0, shared_memory_offset=offset)
+        wanted = (RequestedOutput("sum", here), RequestedOutput("count"))
+        made = planner().plan(request(*inputs, outputs=wanted), {0: region()})
+        assert made.static is static and made.slot_bytes == 8 + 8
+
+
 def test_strings_and_outputs_of_a_free_shape_are_answered() -> None:
     spec = TensorSpec("t", "BYTES", (-1,))
     doubled = TensorSpec("tt", "BYTES", (-1,))

@@ -206,6 +206,7 @@ def test_a_template_forks_workers_that_load_serve_and_end(
         control.close()
         ours.close()
     assert template.descriptors() == before, "forks leave nothing open in the template"
+    assert not Path(f"/proc/{template.pid}/task/{template.pid}/children").read_text(), "no zombies"
     assert template.end() == 0
 
 

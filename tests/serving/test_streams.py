@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.errors import BackendError
 from edge_runtime.serving import channel, page
+from edge_runtime.serving.connection import BUFFER_SIZE_MAX
 from edge_runtime.wire import messages
 from edge_runtime.wire.frames import Kind
 
@@ -132,7 +133,9 @@ def handed_over(stream: Stream, cuts: list[int], runners: int = 0) -> Seen:
             rigs[-1].take_over(rigs[-2], rigs[-2].drain())
             assert rigs[-2].worker._slot_bytes_used == 0
             assert rigs[-2].connections() == []
-        return seen(client.answers())
+        answers = seen(client.answers())
+        assert all(len(o.buffer) <= BUFFER_SIZE_MAX for o in rigs[-1].connections())
+        return answers
     finally:
         for rig in rigs:
             rig.close()
