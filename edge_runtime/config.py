@@ -181,6 +181,20 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     queue_bytes_max: Annotated[
         int, _number(KIB, 16 * GIB, "bytes", "tensors that wait; above it requests are refused")
     ] = 64 * MIB
+    batch_rows_max: Annotated[
+        Literal["auto"] | Annotated[int, Meta(ge=1, le=4096)],
+        Meta(
+            description="rows that run as one; auto: as many as make a row cheaper at load; "
+            "1: requests run alone",
+            extra={"unit": "rows", "expected": '"auto" or an integer from 1 to 4096'},
+        ),
+    ] = "auto"
+    batch_window_ms: Annotated[
+        float, _number(0, 1000, "ms", "wait for a fuller batch; 0: only what waits anyway")
+    ] = 0.0
+    cache_bytes_max: Annotated[
+        int, _number(0, 16 * GIB, "bytes", "answers kept for equal inputs; 0: none (has state?)")
+    ] = 0
     priority_max: Annotated[
         int, _number(0, 255, "priority", "a request that claims a higher one gets this one")
     ] = 255

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-# OIP datatype -> (numpy dtype, bytes per element). BYTES elements have a 4-byte little-endian length
-# before them. BF16 has no numpy type and travels as its 16-bit pattern.
+# OIP datatype -> (numpy dtype, bytes per element). BYTES elements have a 4-byte little-endian
+# length before them. BF16 has no numpy type and travels as its 16-bit pattern.
 DATATYPES: dict[str, tuple[str, int]] = {
     "BOOL": ("bool", 1),
     "UINT8": ("uint8", 1),
@@ -61,7 +61,9 @@ def elements(shape: tuple[int, ...] | list[int]) -> int:
         RequestError: a dimension is negative, or there are absurdly many dimensions or elements.
     """
     if len(shape) > DIMENSIONS_MAX:
-        raise RequestError(f"shape has {len(shape)} dimensions", expected=f"at most {DIMENSIONS_MAX}")
+        raise RequestError(
+            f"shape has {len(shape)} dimensions", expected=f"at most {DIMENSIONS_MAX}"
+        )
     if any(dim < 0 for dim in shape):
         raise RequestError(f"shape {list(shape)} has a negative dimension", expected="sizes >= 0")
     count = math.prod(shape)
@@ -112,7 +114,9 @@ def datatype_of(dtype: Any) -> str:
     )
 
 
-def from_bytes(data: bytes | bytearray | memoryview, datatype: str, shape: tuple[int, ...]) -> Array:
+def from_bytes(
+    data: bytes | bytearray | memoryview, datatype: str, shape: tuple[int, ...]
+) -> Array:
     """A numpy array over `data` (no copy, little-endian); BYTES become an object array (a copy).
 
     Raises:

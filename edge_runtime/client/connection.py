@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 # Kinds of request (names, datatypes, shapes) remembered per connection; a client that varies more
 # than that pays some 10 us a call for a new header.
 PLANS_MAX = 64
+# Of those with tensors in shared memory, by their places; each may hold a copy of its tensors.
+PLACED_MAX = 16
 INBOX_SIZE = 64 * 1024  # answers up to this size arrive in one receive
 
 _ID_AND_TIME = struct.Struct("<QQ")  # at 16 in the prefix
@@ -94,6 +96,7 @@ class Connection:
         self._numbers: dict[Arena, int] = {}
         self._next_id = 0
         self._messages: dict[Key, _Message] = {}
+        self._placed: dict[Key, _Message] = {}
         self._answers: dict[bytes, _Answer] = {}
         self._rooms: dict[Key, dict[str, int]] = {}
         self._understood: dict[bytes, codec.ResponsePlan] = {}
@@ -133,9 +136,9 @@ class Connection:
             key += (name, array.shape, array.dtype)
         message = self._messages.get(key)
         if message is None:
-            if not self._fits_inline(key, inputs):
+            message = self._in_place(key, inputs, deadline_ns)
+            if message is None:
                 return self._infer_large(deadline_ns, key, inputs, priority, copy)
-            message = self._remember(key, inputs)
         data, views = message
         self._next_id = request_id = self._next_id + 1
         data[6] = priority
@@ -173,28 +176,60 @@ class Connection:
         self._reader.feed(self._inbox_view[: self._alive(size)])
         return self.finish(Flight(request_id, key, _NOTHING), deadline_ns, copy)
 
-    def _fits_inline(self, key: Key, inputs: Mapping[str, Array]) -> bool:
-        return key not in self._rooms and all(
-            array.nbytes < self._shared_min_bytes and array.dtype.kind not in "SUO"
-            for array in inputs.values()
-        )
+    def _in_place(self, key: Key, inputs: Mapping[str, Array], deadline_ns: int) -> _Message | None:
+        """The message of a request with tensors in shared memory, or of one not seen before.
 
-    def _remember(self, key: Key, inputs: Mapping[str, Array]) -> _Message:
+        It is the same again for the same places, where an array is one of `Client.tensor`; where
+        it is not, the message has a place of its own to copy it to. None: it cannot be prepared
+        (text, or outputs that want room in shared memory).
+        """
+        places = key
+        for array in inputs.values():
+            if array.nbytes >= self._shared_min_bytes:
+                places += (self._own.locate(array),)
+        message = self._placed.get(places)
+        if message is not None:
+            return message
+        if key in self._rooms or any(array.dtype.kind in "SUO" for array in inputs.values()):
+            return None
+        if places == key:
+            return self._remember(self._messages, PLANS_MAX, key, self._draft(key, inputs), inputs)
+        if self._scratch is None:
+            return None
+        self._set_timeout((deadline_ns - self._now_ns()) / 1e9)
         draft = self._draft(key, inputs)
-        header = draft.encode(self._model, key[0], {})
-        sizes = [array.nbytes for array in inputs.values()]
-        prefix = frames.encode_prefix(Kind.INFER, len(header), sum(sizes))
-        data = bytearray(prefix + header + bytes(sum(sizes)))
+        if not all(self._announce(arena, deadline_ns) for arena in draft.arenas()):
+            return None  # `submit` finds out too, and goes without
+        return self._remember(self._placed, PLACED_MAX, places, draft, inputs)
+
+    def _remember(
+        self,
+        known: dict[Key, _Message],
+        known_max: int,
+        key: Key,
+        draft: codec.Draft,
+        inputs: Mapping[str, Array],
+    ) -> _Message:
+        """The frame of a draft, and where each input is to be written before it is sent."""
+        header = draft.encode(self._model, key[0], self._numbers)
+        body_size = sum(part.nbytes for part in draft.body())
+        prefix = frames.encode_prefix(Kind.INFER, len(header), body_size)
+        data = bytearray(prefix + header + bytes(body_size))
         offset = len(prefix) + len(header)
-        views = []
-        for (name, array), size in zip(inputs.items(), sizes, strict=True):
-            views.append(
-                (name, np.ndarray(array.shape, array.dtype.newbyteorder("<"), data, offset))
-            )
-            offset += size
-        if len(self._messages) >= PLANS_MAX:
-            self._messages.clear()
-        message = self._messages[key] = _Message(data, tuple(views))
+        views: list[tuple[str, Array]] = []
+        kept = iter(draft.keep)
+        for name, _, shape, part, place in draft.inputs:
+            dtype = inputs[name].dtype.newbyteorder("<")
+            copy = next(kept) if inputs[name].nbytes >= self._shared_min_bytes else None
+            if place is None:
+                views.append((name, np.ndarray(shape, dtype, data, offset)))
+                offset += part.nbytes
+            elif copy is not inputs[name]:
+                assert copy is not None
+                views.append((name, copy))
+        if len(known) >= known_max:
+            known.clear()
+        message = known[key] = _Message(data, tuple(views))
         return message
 
     # Everything else
@@ -306,6 +341,7 @@ class Connection:
                 self._rooms.clear()
             self._rooms[key] = large
             self._messages.pop(key, None)
+            self._placed.clear()
 
     def _start(
         self, kind: Kind, header: bytes, body: list[memoryview], deadline_ns: int, priority: int

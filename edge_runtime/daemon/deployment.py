@@ -159,7 +159,7 @@ class Deployment:
             worker, self.worker = self.worker, None
             warm, self.warm = self.warm, None
             self.active, self.state, self.reason = None, "stopped", "unloaded"
-            moved = await self._hand_back(worker)
+            moved = sum(await asyncio.gather(self._hand_back(worker), self._hand_back(warm)))
             freed = sum([await self._stop(one) for one in (worker, warm) if one is not None])
             self._emit("model_unloaded", f"unloaded, {freed} bytes came back", freed_bytes=freed)
             return Change(switch, version, variant, moved, 0.0, freed, False)
@@ -170,7 +170,7 @@ class Deployment:
         self._cancel_recovery()
         worker, warm = self.worker, self.warm
         self.worker = self.warm = None
-        await self._hand_back(worker)
+        await asyncio.gather(self._hand_back(worker), self._hand_back(warm))
         await asyncio.gather(*(self._stop(one) for one in (worker, warm) if one is not None))
 
     def retry_after_s(self) -> float:
@@ -336,7 +336,8 @@ class Deployment:
         self._deaths_ns.clear()
         self._cancel_recovery()
         flipped_ns = self._clock.monotonic_ns()
-        moved = await self._hand_back(old)
+        leaving = [one for one in before if one is old or one is not self.warm]
+        moved = sum(await asyncio.gather(*(self._hand_back(one) for one in leaving)))
         swap_ms = (self._clock.monotonic_ns() - flipped_ns) / 1e6
         freed = sum([await self._stop(one) for one in before if one and one is not self.warm])
         self._emit(

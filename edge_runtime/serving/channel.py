@@ -67,6 +67,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     placement: list[dict[str, Any]]
     golden_deviation: float = 0.0  # largest |got - want| / (atol + rtol |want|); <= 1 passes
     sandbox: list[str] = []
+    batch_rows_max: int = 1  # 1: requests run alone, `batch_reason` says why
+    batch_reason: str = ""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -19,7 +19,7 @@ from edge_runtime.wire import regions as shared
 from edge_runtime.wire.frames import HEADER_SIZE_MAX, PREFIX, PREFIX_SIZE
 
 if TYPE_CHECKING:
-    from edge_runtime.serving.worker import Request
+    from edge_runtime.serving.running import Request
 
 # Holds the largest header with its prefix; larger bodies are received elsewhere. Small connections
 # start small: sixteen idle ones cost 256 KiB.
@@ -47,6 +47,7 @@ class Connection:
         "stalled_since_ns",
         "start",
         "stray",
+        "turn",
         "view",
     )
 
@@ -64,6 +65,7 @@ class Connection:
         self.plans: dict[bytes, Plan] = {}  # of headers that name regions
         self.receiving: Request | None = None  # a large body on its way into its slot
         self.skip = 0  # body bytes still to be thrown away
+        self.turn = 0  # of its newest request in the queue
         self.in_flight = 0  # admitted, not yet answered
         self.outbox: deque[tuple[memoryview, Slot | None]] = (
             deque()

@@ -22,6 +22,10 @@ CONNECTIONS = 4  # open now
 WAITING = 5  # admitted, not yet running
 RUN_NS = 6  # sum of run times
 LOOP_NS = 7  # CLOCK_MONOTONIC at the newest turn of the loop
+BATCHES = 8  # runs of more than one request
+BATCHED = 9  # requests in them
+CACHE_HITS = 10
+CACHE_MISSES = 11
 RUN_BEGAN = 16  # .. 16 + RUNNERS_MAX: CLOCK_MONOTONIC at which runner i began its run, 0: idle
 
 

@@ -10,6 +10,7 @@ kernel has not.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 64  # a cache line, and what vector loads of every runtime like best
 RESPONSE_KIND = Kind.INFER | frames.RESPONSE
+_serials = itertools.count()
 
 
 class Region(NamedTuple):
@@ -64,12 +66,29 @@ class Plan:
     """What one request header means.
 
     Attributes:
+        cacheable: equal bodies have equal answers: no tensor is in shared memory.
+        batch_key: requests with equal keys can run as one batch; None: this one runs alone.
         body_size: bytes of tensor data that must follow the header.
         free: slots at rest.
+        rows: size of the inputs along the batch axis.
+        serial: tells plans apart for ever, as `id` does not.
         static: every size is known beforehand, so slots are bound once.
     """
 
-    __slots__ = ("body_size", "free", "inputs", "model", "names", "outputs", "slot_bytes", "static")
+    __slots__ = (
+        "batch_key",
+        "body_size",
+        "cacheable",
+        "free",
+        "inputs",
+        "model",
+        "names",
+        "outputs",
+        "rows",
+        "serial",
+        "slot_bytes",
+        "static",
+    )
 
     def __init__(
         self,
@@ -87,6 +106,11 @@ class Plan:
         self.static = _is_static(inputs, outputs)
         self.slot_bytes = body_size + sum(o.byte_size for o in outputs if o.region is None)
         self.free: list[Slot] | deque[Slot] = []
+        self.rows = 1
+        places = [one.region for one in self.inputs] + [one.region for one in self.outputs]
+        self.cacheable = not any(places)
+        self.batch_key: tuple[object, ...] | None = None
+        self.serial = next(_serials)
 
     def retire(self) -> None:
         """No slot rests here any more, now or later.
@@ -102,17 +126,22 @@ class Slot:
 
     Attributes:
         body: where the request's tensor bytes are to be written (body_size bytes).
+        frame: static plans: the answer; its outputs are written by `respond` or by a batch.
+        inputs, outputs: static plans: the tensors, in the order of the plan.
         respond: runs the model; returns the frame to send, prefix not yet filled in.
     """
 
-    __slots__ = ("body", "plan", "respond")
+    __slots__ = ("body", "frame", "inputs", "outputs", "plan", "respond")
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         memory = aligned(plan.body_size)
         self.body = memory.data
+        self.frame = memoryview(b"")
+        self.inputs: list[Array] = []
+        self.outputs: list[Array] = []
         self.respond: Callable[[], memoryview] = (
-            _bound(plan, memory) if plan.static else _unbound(plan, memory)
+            _bound(self, memory) if plan.static else _unbound(plan, memory)
         )
 
 
@@ -128,8 +157,15 @@ class Planner:
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
         free: frozenset[str] = frozenset(),
+        batch_rows_max: int = 1,
     ) -> None:
-        """`free`: outputs whose shape does not follow from the inputs' (see `free_outputs`)."""
+        """See `Plan`.
+
+        Args:
+            free: outputs whose shape does not follow from the inputs' (see `free_outputs`).
+            batch_rows_max: rows of a batch; 1: requests run alone.
+        """
+        self._batch_rows_max = batch_rows_max
         self._model = model
         self._free = free
         self._names = (name, str(version))
@@ -164,7 +200,11 @@ class Planner:
             self._output(one, f"outputs[{index}]", batch, regions)
             for index, one in enumerate(wanted)
         ]
-        return Plan(self._model, self._names, inputs, outputs, offset)
+        plan = Plan(self._model, self._names, inputs, outputs, offset)
+        if self._batch_rows_max > 1 and self._batch_axis == 0:
+            plan.batch_key = _batch_key(plan)
+            plan.rows = inputs[0].shape[0] if plan.batch_key else 1
+        return plan
 
     def _input(
         self,
@@ -286,6 +326,26 @@ def free_outputs(
     )
 
 
+def aligned_array(shape: tuple[int, ...], datatype: str) -> Array:
+    """An array of that shape, aligned, not cleared."""
+    memory = aligned(tensors.byte_size(datatype, shape))
+    return memory.view(np.dtype(tensors.DATATYPES[datatype][0])).reshape(shape)
+
+
+def _batch_key(plan: Plan) -> tuple[object, ...] | None:
+    """What requests share that can run together; None: a tensor has no rows, or is not bound."""
+    if not plan.static or not plan.inputs:
+        return None
+    tensors_rows = [given.shape[:1] for given in plan.inputs]
+    tensors_rows += [(output.shape or ())[:1] for output in plan.outputs]
+    if len(set(tensors_rows)) != 1 or not tensors_rows[0] or tensors_rows[0][0] < 1:
+        return None
+    return (
+        *((given.spec.name, given.shape[1:]) for given in plan.inputs),
+        *(output.spec.name for output in plan.outputs),
+    )
+
+
 def aligned(size: int) -> Array:
     """`size` bytes whose first is at a multiple of ALIGNMENT; not cleared."""
     memory = np.empty(size + ALIGNMENT, dtype=np.uint8)
@@ -357,8 +417,9 @@ def _input_arrays(plan: Plan, memory: memoryview) -> dict[str, Array]:
     }
 
 
-def _bound(plan: Plan, memory: Array) -> Callable[[], memoryview]:
+def _bound(slot: Slot, memory: Array) -> Callable[[], memoryview]:
     """Bind the model to the slot's memory; outputs land in the response frame."""
+    plan = slot.plan
     shapes = {output.spec.name: output.shape or () for output in plan.outputs}
     sizes = {
         output.spec.name: tensors.byte_size(output.spec.datatype, output.shape or ())
@@ -382,7 +443,11 @@ def _bound(plan: Plan, memory: Array) -> Callable[[], memoryview]:
             outputs[output.spec.name] = _view(
                 output.region.memory, output.spec, shape, output.offset
             )
-    run = plan.model.bind(_input_arrays(plan, memory.data), outputs)
+    inputs = _input_arrays(plan, memory.data)
+    run = plan.model.bind(inputs, outputs)
+    slot.frame = view
+    slot.inputs = list(inputs.values())
+    slot.outputs = [array for array in outputs.values() if array is not None]
 
     def respond() -> memoryview:
         run()

@@ -23,7 +23,8 @@ import numpy as np
 from edge_runtime import tensors
 from edge_runtime.clock import monotonic_ns
 from edge_runtime.errors import BackendError, BundleError, EdgeError
-from edge_runtime.serving import channel, goldens, page, plan, sandbox
+from edge_runtime.serving import batching, channel, goldens, page, plan, sandbox
+from edge_runtime.serving.batching import Choice
 from edge_runtime.serving.spec import WorkerSpec
 from edge_runtime.serving.worker import Worker
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 EXIT_FAILED = 70  # sysexits.h EX_SOFTWARE: the reason went over the channel
+# On one core a runner brings no throughput, only refusals and new connections while the model runs,
+# and costs a few system calls and two switches of threads a request: for slow models only.
+ONE_CORE_THRESHOLD_MS = 20.0
 # How long a worker waits to be handed from its dying intermediate parent to the supervisor.
 ADOPTION_S_MAX = 5.0
 
@@ -64,10 +68,18 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
         enter("goldens")
         worst = goldens.check(model.run, spec.goldens, spec.rtol, spec.atol)
         runners = _runners(spec, run_ms, model.concurrent)
+        batch = _batching(model, spec)
         planner = plan.Planner(
-            model, spec.model, spec.version, spec.batch_axis, spec.inputs, spec.outputs, free
+            model,
+            spec.model,
+            spec.version,
+            spec.batch_axis,
+            spec.inputs,
+            spec.outputs,
+            free,
+            batch.rows_max,
         )
-        worker = Worker(spec, planner, control, status, runners)
+        worker = Worker(spec, planner, control, status, runners, batch.rows_max)
         channel.send(
             control,
             channel.Ready(
@@ -76,6 +88,8 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
                 run_ms_p50=run_ms,
                 goldens=len(spec.goldens),
                 runners=runners,
+                batch_rows_max=batch.rows_max,
+                batch_reason=batch.reason,
                 placement=[msgspec.to_builtins(place) for place in model.placement],
                 golden_deviation=worst,
                 sandbox=measures,
@@ -183,9 +197,21 @@ def _runners(spec: WorkerSpec, run_ms: float, concurrent: bool) -> int:
     most = page.RUNNERS_MAX if concurrent else 1
     if spec.runners >= 0:
         return min(spec.runners, most)
-    if run_ms < spec.runner_threshold_ms:
-        return 0
-    return min(len(os.sched_getaffinity(0)), most)
+    cores = len(os.sched_getaffinity(0))
+    threshold_ms = spec.runner_threshold_ms
+    if cores == 1:
+        threshold_ms = max(threshold_ms, ONE_CORE_THRESHOLD_MS)
+    return 0 if run_ms < threshold_ms else min(cores, most)
+
+
+def _batching(model: Model, spec: WorkerSpec) -> Choice:
+    """How many rows a batch may have: as configured, or as measured."""
+    if spec.batch_axis != 0 or spec.batch_rows_max in (0, 1):
+        return Choice(1, "the model declares no batch axis 0" if spec.batch_axis != 0 else "off")
+    inputs = goldens.inputs_of(spec.goldens[0]) if spec.goldens else zeros(spec.inputs)
+    rtol, atol = spec.rtol, spec.atol
+    asked = spec.batch_rows_max
+    return batching.measure(model, inputs, rtol, atol, monotonic_ns, asked if asked > 0 else 0)
 
 
 def _ms_since(began_ns: int) -> float:

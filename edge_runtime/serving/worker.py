@@ -17,23 +17,29 @@ import heapq
 import os
 import select
 import socket
-import threading
-from collections import deque
-from queue import SimpleQueue
 
 from edge_runtime.clock import monotonic_ns as _monotonic_ns
 from edge_runtime.errors import (
     DeadlineError,
     EdgeError,
-    InternalError,
     MalformedError,
     OverloadedError,
     RequestError,
     TooLargeError,
 )
-from edge_runtime.serving import channel, connection, page
+from edge_runtime.serving import batching, channel, connection, page
+from edge_runtime.serving.batching import Batch
+from edge_runtime.serving.cache import ResponseCache
 from edge_runtime.serving.connection import Connection
 from edge_runtime.serving.plan import Plan, Planner, Slot
+from edge_runtime.serving.running import (
+    Outcome,
+    Request,
+    Runners,
+    Waiting,
+    edge_error,
+    execute,
+)
 from edge_runtime.serving.spec import WorkerSpec
 from edge_runtime.wire import frames, messages
 from edge_runtime.wire.frames import HEADER_SIZE_MAX, MAGIC, PREFIX, PREFIX_SIZE, VERSION, Kind
@@ -47,6 +53,8 @@ IDLE_SLOT_BYTES_MAX = 32 * 1024 * 1024
 # this.
 STALL_S_MAX = 30.0
 SWEEP_S = 1.0
+# Batch memories for distinct shapes; clients of one model use one or two.
+BATCH_KEYS_MAX = 8
 # Descriptors that came with frames which take none: a client that goes on sending them is broken.
 STRAY_MAX = 8
 # One descriptor a frame is legal; room for two shows the mistake instead of hiding it.
@@ -54,44 +62,6 @@ _ANCILLARY = socket.CMSG_SPACE(2 * 4)
 _INFER = int(Kind.INFER)
 _MODEL_KINDS = frozenset(int(kind) for kind in frames.MODEL_KINDS)
 _DROPPED_FLAGS = socket.MSG_CTRUNC
-
-
-class Request:
-    """One admitted request. `prefix` and `header` are kept only while its body is on its way."""
-
-    __slots__ = (
-        "connection",
-        "deadline_ns",
-        "filled",
-        "header",
-        "plan",
-        "prefix",
-        "priority",
-        "read_ns",
-        "request_id",
-        "slot",
-    )
-
-    def __init__(
-        self,
-        owner: Connection,
-        plan: Plan,
-        slot: Slot,
-        request_id: int,
-        deadline_ns: int,
-        priority: int,
-        read_ns: int,
-    ) -> None:
-        self.connection = owner
-        self.plan = plan
-        self.slot: Slot | None = slot
-        self.request_id = request_id
-        self.deadline_ns = deadline_ns
-        self.priority = priority
-        self.read_ns = read_ns
-        self.filled = 0
-        self.prefix = b""
-        self.header = b""
 
 
 class Worker:
@@ -104,16 +74,23 @@ class Worker:
         control: socket.socket,
         status: memoryview,
         runners: int,
+        batch_rows_max: int = 1,
     ) -> None:
         self._spec = spec
+        self._rows_max = batch_rows_max
+        self._window_ns = round(spec.batch_window_ms * 1e6) if batch_rows_max > 1 else 0
+        self._hold_until_ns = 0  # a batch is being waited for until then
+        self._batches: dict[tuple[object, ...], list[Batch]] = {}
+        self._cache = ResponseCache(spec.cache_bytes_max) if spec.cache_bytes_max else None
         self._planner = planner
         self._control = control
         self._status = status
         self._limits = spec.limits
         self._plans: dict[bytes, Plan] = {}
         self._connections: dict[int, Connection] = {}
-        self._pending: list[tuple[int, int, Request]] = []  # heap: (-priority, order, request)
+        self._pending: list[Waiting] = []  # a heap
         self._order = 0
+        self._turn = 0  # of the request run last: where newcomers begin
         self._slot_bytes_used = 0
         self._slot_bytes_made = 0  # used, at rest, or dropped since the last trim
         self._run_ns_mean = 0.0  # of recent runs: what retry_after_s is made of
@@ -138,7 +115,7 @@ class Worker:
         control_fd = self._control.fileno()
         wake_fd = self._runners.wake_fd if self._runners else -1
         while not self._stopping:
-            ready = poll(0 if self._pending and not self._runners else SWEEP_S)
+            ready = poll(self._wait_s() if self._pending else SWEEP_S)
             for fd, events in ready:
                 owner = connections.get(fd)
                 if owner is not None:
@@ -161,16 +138,75 @@ class Worker:
                 self._sweep(now_ns)
 
     def _run_pending(self) -> None:
+        if self._window_ns and self._holds():
+            return
         if self._runners is None:
-            request = heapq.heappop(self._pending)[2]
-            self._status[page.WAITING] = len(self._pending)
+            request = self._next()
+            if request.deadline_ns and self._expired(request):
+                return
+            if self._pending and request.plan.batch_key is not None:
+                requests = self._gather(request, self._rows_max)
+                if len(requests) > 1:
+                    self._run_batch_inline(requests)
+                    return
             self._run_inline(request)
             return
         while self._pending and self._runners.idle:
-            request = heapq.heappop(self._pending)[2]
-            if not self._expired(request):
-                self._runners.start(request)
+            request = self._next()
+            if request.deadline_ns and self._expired(request):
+                continue
+            requests = [request]
+            if self._pending and request.plan.batch_key is not None:
+                # Idle runners share what waits: one long batch beside an idle core helps nobody.
+                share = -(-(len(self._pending) + 1) // self._runners.idle)
+                requests = self._gather(request, min(share * request.plan.rows, self._rows_max))
+            self._runners.start(requests, self._batch_for(requests))
+
+    def _next(self) -> Request:
+        """The request whose turn it is."""
+        _, self._turn, _, request = heapq.heappop(self._pending)
         self._status[page.WAITING] = len(self._pending)
+        return request
+
+    def _gather(self, first: Request, rows_max: int) -> list[Request]:
+        """`first` and those behind it that fit into one batch with it."""
+        key, rows = first.plan.batch_key, first.plan.rows
+        rows_max = batching.capacity(first.plan, rows_max)
+        requests = [first]
+        while self._pending:
+            candidate = self._pending[0][3]
+            if candidate.plan.batch_key != key or rows + candidate.plan.rows > rows_max:
+                break
+            self._next()
+            if not (candidate.deadline_ns and self._expired(candidate)):
+                requests.append(candidate)
+                rows += candidate.plan.rows
+        return requests
+
+    def _holds(self) -> bool:
+        """Whether to go on waiting for a fuller batch: never past the window or a deadline."""
+        first = self._pending[0][3]
+        key = first.plan.batch_key
+        alike = [entry[3] for entry in self._pending if entry[3].plan.batch_key == key]
+        if key is None or sum(request.plan.rows for request in alike) >= self._rows_max:
+            return False
+        until_ns = min(request.read_ns for request in alike) + self._window_ns
+        deadlines_ns = [request.deadline_ns for request in alike if request.deadline_ns]
+        if deadlines_ns:  # and it must still be run before the first of them
+            until_ns = min(until_ns, min(deadlines_ns) - 2 * round(self._run_ns_mean))
+        if _monotonic_ns() >= until_ns:
+            self._hold_until_ns = 0
+            return False
+        self._hold_until_ns = until_ns
+        return True
+
+    def _wait_s(self) -> float:
+        """How long the loop may sleep."""
+        if not self._pending:
+            return SWEEP_S
+        if self._hold_until_ns:
+            return max(self._hold_until_ns - _monotonic_ns(), 0) / 1e9
+        return SWEEP_S if self._runners else 0
 
     def _sweep(self, now_ns: int) -> None:
         """Once a second: close connections that hold memory and do not move."""
@@ -258,7 +294,7 @@ class Worker:
                 plan = self._plan(owner, header, body_size, request_id, body_at)
                 if plan is None:
                     continue
-            slot = self._acquire(owner, plan, body_size, request_id, body_at)
+            slot = self._acquire(owner, plan, body_size, request_id, body_at, priority)
             if slot is None:
                 continue
             request = Request(owner, plan, slot, request_id, time_ns, priority, read_ns)
@@ -324,7 +360,13 @@ class Worker:
         return self._active if version == "" else version == self._version
 
     def _acquire(
-        self, owner: Connection, plan: Plan, body_size: int, request_id: int, body_at: int
+        self,
+        owner: Connection,
+        plan: Plan,
+        body_size: int,
+        request_id: int,
+        body_at: int,
+        priority: int,
     ) -> Slot | None:
         """Memory for a request, or None when it was refused."""
         limits = self._limits
@@ -344,9 +386,8 @@ class Worker:
                 expected=f"<= {limits.queue_bytes_max}",
                 remedy="pass large tensors by shared memory (REGION_ADD)",
             )
-        elif (
-            len(self._pending) >= limits.queue_requests_max
-            or self._slot_bytes_used + plan.slot_bytes > limits.queue_bytes_max
+        elif self._slot_bytes_used + plan.slot_bytes > limits.queue_bytes_max or (
+            len(self._pending) >= limits.queue_requests_max and not self._make_room(owner, priority)
         ):
             error = self._overloaded()
         else:
@@ -355,7 +396,7 @@ class Worker:
                 self._slot_bytes_used += plan.slot_bytes
                 return slot
             except Exception as failure:  # noqa: BLE001 - the backend binds memory here
-                error = _edge_error(failure)
+                error = edge_error(failure)
         self._refuse(owner, error, request_id, body_at, body_size)
         return None
 
@@ -477,10 +518,52 @@ class Worker:
     # -- running -----------------------------------------------------------------------------------
 
     def _admit(self, request: Request) -> None:
-        request.connection.in_flight += 1
+        """Queue a request whose tensors are here, or answer it from the cache.
+
+        Within a priority, connections take turns (start-time fair queueing: Goyal, Vin and Cheng,
+        SIGCOMM 1996, with every request of weight one), so one that pipelines many requests does
+        not push those of others back.
+        """
+        if self._cache is not None and self._answer_from_cache(self._cache, request):
+            return
+        owner = request.connection
+        owner.in_flight += 1
+        owner.turn = turn = (owner.turn if owner.turn > self._turn else self._turn) + 1
         self._order += 1
         priority = min(request.priority, self._limits.priority_max)
-        heapq.heappush(self._pending, (-priority, self._order, request))
+        heapq.heappush(self._pending, (-priority, turn, self._order, request))
+
+    def _make_room(self, owner: Connection, priority: int) -> bool:
+        """When the queue is full: refuse the last in line, if the newcomer's turn is before it."""
+        turn = max(owner.turn, self._turn) + 1
+        last = max(self._pending, default=None)
+        if last is None or (-min(priority, self._limits.priority_max), turn) >= last[:2]:
+            return False
+        self._pending.remove(last)
+        heapq.heapify(self._pending)
+        loser = last[3].connection
+        loser.in_flight -= 1
+        self._release(last[3].slot)
+        self._status[page.REFUSED] += 1
+        self._answer_error(loser, last[3].request_id, self._overloaded())
+        if loser.leaving and not loser.in_flight:
+            self._give_back(loser)
+        return True
+
+    def _answer_from_cache(self, cache: ResponseCache, request: Request) -> bool:
+        slot = request.slot
+        assert slot is not None
+        if not request.plan.cacheable:
+            return False
+        request.cache_key = cache.key(request.plan.serial, slot.body)
+        answer = cache.get(request.cache_key)
+        self._status[page.CACHE_HITS] = cache.hits
+        self._status[page.CACHE_MISSES] = cache.misses
+        if answer is None:
+            return False
+        request.connection.in_flight += 1
+        self._finish(request, memoryview(bytearray(answer)), None)
+        return True
 
     def _expired(self, request: Request) -> bool:
         deadline_ns = request.deadline_ns
@@ -501,15 +584,58 @@ class Worker:
         try:
             response = request.slot.respond()
         except Exception as failure:  # noqa: BLE001 - a worker must live; the client is told
-            error = _edge_error(failure)
+            error = edge_error(failure)
         finally:
             status[page.RUN_BEGAN] = 0
         self._finish(request, response, error, _monotonic_ns() - began_ns)
 
+    def _run_batch_inline(self, requests: list[Request]) -> None:
+        status = self._status
+        status[page.RUN_BEGAN] = began_ns = _monotonic_ns()
+        batch = self._batch_for(requests)
+        outcomes = execute(requests, batch)
+        status[page.RUN_BEGAN] = 0
+        self._finish_run(requests, batch, outcomes, _monotonic_ns() - began_ns)
+
+    def _batch_for(self, requests: list[Request]) -> Batch | None:
+        """Memory for these requests as one batch; None: they run one by one."""
+        if len(requests) == 1:
+            return None
+        plan = requests[0].plan
+        assert plan.batch_key is not None
+        resting = self._batches.get(plan.batch_key)
+        if resting is None:
+            if len(self._batches) >= BATCH_KEYS_MAX:
+                self._batches.pop(next(iter(self._batches)))
+            resting = self._batches[plan.batch_key] = []
+        try:
+            rows_max = batching.capacity(plan, self._rows_max)
+            return resting.pop() if resting else Batch(plan, rows_max)
+        except MemoryError:
+            return None
+
+    def _finish_run(
+        self,
+        requests: list[Request],
+        batch: Batch | None,
+        outcomes: list[Outcome],
+        run_ns: int,
+    ) -> None:
+        """Answer the requests of one run."""
+        if batch is not None:
+            self._status[page.BATCHES] += 1
+            self._status[page.BATCHED] += len(requests)
+            key = requests[0].plan.batch_key
+            if key is not None and key in self._batches:
+                self._batches[key].append(batch)
+        share_ns = max(run_ns // len(requests), 1)
+        for request, (response, error) in zip(requests, outcomes, strict=True):
+            self._finish(request, response, error, share_ns)
+
     def _collect(self) -> None:
         assert self._runners is not None
-        for request, response, error, run_ns in self._runners.finished():
-            self._finish(request, response, error, run_ns)
+        for done in self._runners.finished():
+            self._finish_run(*done)
 
     def _finish(
         self,
@@ -530,6 +656,8 @@ class Worker:
             self._release(slot)  # the client left meanwhile
         elif response is not None:
             status[page.REQUESTS] += 1
+            if request.cache_key is not None and run_ns and self._cache is not None:
+                self._cache.put(request.cache_key, response)
             frames.PREFIX_TAIL.pack_into(
                 response,
                 frames.PREFIX_TAIL_AT,
@@ -602,7 +730,7 @@ class Worker:
                 self._give_back(owner)
             return
         self._watch(owner, select.EPOLLIN)
-        self._parse(owner)  # frames that were read before the socket was full
+        self._parse(owner)  # half a frame may wait there: its time counts again
 
     def _watch(self, owner: Connection, events: int) -> None:
         if owner.fd in self._connections:
@@ -631,11 +759,11 @@ class Worker:
         """What a client that left had waiting is not run."""
         kept = []
         for entry in self._pending:
-            if entry[2].connection is not owner:
+            if entry[3].connection is not owner:
                 kept.append(entry)
                 continue
             owner.in_flight -= 1
-            self._release(entry[2].slot)
+            self._release(entry[3].slot)
         heapq.heapify(kept)
         self._pending = kept
         self._status[page.WAITING] = len(kept)
@@ -708,58 +836,6 @@ class Worker:
             channel.send(self._control, channel.Drained(self._drained))
 
 
-class Runners:
-    """A few threads that run requests; the loop gives and collects."""
-
-    def __init__(self, count: int, status: memoryview) -> None:
-        assert 0 < count <= page.RUNNERS_MAX
-        self.count = count
-        self.idle = count
-        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._status = status
-        self._todo: SimpleQueue[Request] = SimpleQueue()
-        self._done: deque[tuple[Request, memoryview | None, EdgeError | None, int]] = deque()
-        for index in range(count):
-            threading.Thread(target=self._run, args=(index,), daemon=True).start()
-
-    def start(self, request: Request) -> None:
-        """Give a request to an idle runner (the caller has seen `idle` > 0)."""
-        self.idle -= 1
-        self._todo.put(request)
-
-    def finished(self) -> list[tuple[Request, memoryview | None, EdgeError | None, int]]:
-        """What has been run since the last call."""
-        try:
-            os.eventfd_read(self.wake_fd)
-        except BlockingIOError:
-            pass  # collected by an earlier call of the same turn
-        done = []
-        while self._done:
-            done.append(self._done.popleft())
-        self.idle += len(done)
-        return done
-
-    def _run(self, index: int) -> None:
-        word = page.RUN_BEGAN + index
-        while True:
-            self._run_one(word, self._todo.get())
-
-    def _run_one(self, word: int, request: Request) -> None:
-        """A call of its own: a resting runner must not hold its last request's memory."""
-        assert request.slot is not None
-        response: memoryview | None = None
-        error: EdgeError | None = None
-        self._status[word] = began_ns = _monotonic_ns()
-        try:
-            response = request.slot.respond()
-        except Exception as failure:  # noqa: BLE001 - a runner must live; the client is told
-            error = _edge_error(failure)
-        finally:
-            self._status[word] = 0
-        self._done.append((request, response, error, _monotonic_ns() - began_ns))
-        os.eventfd_write(self.wake_fd, 1)
-
-
 def _named(kind: int, header: bytes) -> tuple[str, str]:
     if kind in (Kind.MODEL_METADATA, Kind.MODEL_READY):
         ref = messages.decode_model_ref(header)
@@ -772,12 +848,3 @@ def _hung_up(owner: Connection) -> bool:
     poll = select.poll()
     poll.register(owner.fd, 0)
     return bool(poll.poll(0))
-
-
-def _edge_error(failure: Exception) -> EdgeError:
-    """What the client is told of whatever a model raised."""
-    if isinstance(failure, EdgeError):
-        return failure
-    if isinstance(failure, MemoryError):
-        return OverloadedError("not enough memory for this request now", retry_after_s=0.1)
-    return InternalError(f"{type(failure).__name__}: {failure}")
