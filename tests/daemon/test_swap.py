@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from edge_runtime.errors import EdgeError
+from edge_runtime.errors import EdgeError, NotFoundError
 from edge_runtime.wire import frames, messages
 from edge_runtime.wire.frames import Kind
 from edge_runtime.wire.regions import create_region
@@ -239,6 +239,22 @@ def test_a_slow_run_delays_the_handover_of_its_own_connection_only(make_daemon):
         thread.join()
         busy.send(infer_frame("slow", request_id=3))
         assert busy.value() == ("2", 7.0, 3)
+
+
+def test_a_version_that_goes_for_good_answers_what_was_asked_of_it_by_number(make_daemon):
+    daemon = make_daemon({"workers": {"runners": 1}}).start()
+    daemon.add("old", 1, scale=1.0, options={"run_ms": 200})
+    daemon.add("old", 2, scale=2.0)
+    with daemon.raw() as raw:
+        raw.send(infer_frame("old", version="1", request_id=1))
+        until(lambda: daemon.worker("old", "warm")["connections"] == 1)
+        daemon.add("old", 3, scale=3.0)  # version 2 stays warm, version 1 ends
+        assert raw.value() == ("1", 4.0, 1)
+        raw.send(infer_frame("old", version="1", request_id=2))
+        with pytest.raises(NotFoundError):
+            raw.value()
+        raw.send(infer_frame("old", request_id=3))
+        assert raw.value() == ("3", 10.0, 3)
 
 
 def test_a_large_body_half_received_travels_with_its_connection(make_daemon):
