@@ -272,7 +272,7 @@ def test_fifty_loads_and_unloads_leave_no_slope(daemon, record_property):
     grown = daemon.rss_bytes() - rss
     print(f"load + infer + unload {per_cycle_ms:.1f} ms; daemon grew {grown} bytes in 50")
     record_property("points", ("loads and unloads of a model", 50))
-    assert daemon.fds() <= fds, daemon.descriptors()
+    until(lambda: daemon.fds() <= fds, f"{fds} descriptors, {daemon.descriptors()}")
     assert grown < 512 * 1024
 
 

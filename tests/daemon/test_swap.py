@@ -190,7 +190,7 @@ def test_sixty_swaps_under_load_lose_and_double_nothing(make_daemon, record_prop
             assert set(client.answers) == {"1", "2"}
     assert moved > 2 * SWAPS
     assert not daemon.events("worker_died") and not daemon.events("drain_timeout")
-    assert daemon.fds() <= fds
+    until(lambda: daemon.fds() <= fds, f"{fds} descriptors, {daemon.descriptors()}")
 
 
 def test_new_versions_under_load_come_and_go_and_nothing_is_lost(make_daemon):
