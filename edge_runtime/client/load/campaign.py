@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 # default queue of 64; small ones too, because a short queue refuses the large ones.
 PEAK_IN_FLIGHT = (4, 16, 48)
 # Of the peak: the load of the calm before and after an overload. Not 1.0: a full queue that gets
-# exactly what it can serve stays full, so that 1x never recovers, whatever the server does.
-CALM = 0.8
+# exactly what it can serve stays full, and whatever the server does it never recovers. At half the
+# peak a queue needs twice the time that its requests take.
+CALM = 0.5
 RECOVERY_S = 2.0  # watched after an overload: twice what a server should need
 # The calm's p99 is a maximum of some hundred requests: "back" is within this factor, or this much.
 RECOVERED_FACTOR, RECOVERED_MORE_MS = 2.0, 2.0

@@ -16,11 +16,11 @@ from edge_runtime.errors import UsageError
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
-# Requests of one segment: each costs 26 bytes of records, so 52 MB; 20 s of the most that one
+# Requests of one segment: each costs 26 bytes of records, so 52 MB; 12 s of the most that one
 # process can send. A longer load is cut, and its row says how long it was.
 REQUESTS_MAX = 2_000_000
-# Requests per second: some twice what this generator can send on a fast core. Above it a schedule
-# would only measure the generator.
+# Requests per second: more than this generator can send (measured: 160,000 with a core of its own).
+# Above it a schedule would only measure the generator.
 RATE_MAX = 200_000.0
 # Seconds of one load: what is not seen in ten minutes is the business of a soak test.
 DURATION_S_MAX = 600.0
