@@ -47,7 +47,7 @@ class Draft(NamedTuple):
     inputs: tuple[tuple[str, str, tuple[int, ...], memoryview, tuple[Arena, int] | None], ...]
     outputs: tuple[str, ...]
     rooms: dict[str, tuple[Arena, int, Array]]
-    keep: tuple[Array, ...]  # arrays whose memory the server reads until it has answered
+    keep: dict[str, Array]  # inputs in shared memory, which the server reads until it has answered
 
     def arenas(self) -> list[Arena]:
         """The arenas that the server must know before this request."""
@@ -111,17 +111,18 @@ def draft(
         RequestError: a dtype that the protocol has no name for.
     """
     placed = []
-    keep: list[Array] = []
+    keep: dict[str, Array] = {}
     for name, array in inputs.items():
         datatype = _datatype_of(array.dtype)
         place = None
         if scratch is not None and array.nbytes >= shared_min_bytes and datatype != "BYTES":
             place, kept = _place(array, own, scratch)
-            keep.append(kept)
+            if place:
+                keep[name] = kept
         data = memoryview(b"") if place else tensors.to_bytes(array)
         placed.append((name, datatype, array.shape, data, place))
     rooms = {} if scratch is None else _offer_rooms(room_sizes, scratch)
-    return Draft(tuple(placed), tuple(outputs or room_sizes), rooms, tuple(keep))
+    return Draft(tuple(placed), tuple(outputs or room_sizes), rooms, keep)
 
 
 def _offer_rooms(sizes: Mapping[str, int], scratch: Pool) -> dict[str, tuple[Arena, int, Array]]:
@@ -134,8 +135,7 @@ def _offer_rooms(sizes: Mapping[str, int], scratch: Pool) -> dict[str, tuple[Are
 
 
 def _place(array: Array, own: Pool, scratch: Pool) -> tuple[tuple[Arena, int] | None, Array]:
-    native = array.dtype.isnative or array.dtype.byteorder == "<"
-    if native and (place := own.locate(array)):
+    if place := own.locate(array):
         return place, array
     copy = scratch.array(array.shape, array.dtype.newbyteorder("<"))
     if copy is None:
@@ -171,21 +171,29 @@ def understand(header: bytes) -> ResponsePlan:
     """
     try:
         response = messages.decode_infer_response(header)
+        sizes = [_answered_size(output) for output in response.outputs]
     except RequestError as e:
         raise MalformedError(f"the server's answer: {e}") from e
     offset = 0
     outputs = []
-    for output in response.outputs:
-        parameters = output.parameters
-        in_region = parameters.shared_memory_region is not None
-        size = parameters.binary_data_size or 0
-        if in_region:
-            size = parameters.shared_memory_byte_size
+    for output, size in zip(response.outputs, sizes, strict=True):
+        in_region = output.parameters.shared_memory_region is not None
         outputs.append(
             OutputView(output.name, output.datatype, output.shape, offset, size, in_region)
         )
         offset += 0 if in_region else size
     return ResponsePlan(response.model_version, tuple(outputs), offset)
+
+
+def _answered_size(output: TensorHeader) -> int:
+    """Bytes of an output. Raises RequestError when datatype and shape need another number."""
+    parameters = output.parameters
+    size = parameters.binary_data_size or 0
+    if parameters.shared_memory_region is not None:
+        size = parameters.shared_memory_byte_size
+    if output.datatype != "BYTES" and size != tensors.byte_size(output.datatype, output.shape):
+        raise RequestError(f"output {output.name!r} has {size} bytes, which its shape does not")
+    return size
 
 
 def large_outputs(plan: ResponsePlan, shared_min_bytes: int) -> dict[str, int]:

@@ -4,9 +4,10 @@ Law of this file: the only place of the blocking client that touches a socket. I
 never reconnects; one thread uses it at a time (the `Client`'s lock sees to it). `busy` after an
 exception means that an answer may still be on its way: the connection must then be closed.
 
-The hot path is `infer` for small tensors: the message of each kind of request (names, datatypes,
-shapes) is built once, with numpy views over its body, so that a call writes the tensors and sixteen
-bytes of prefix, sends once and receives once.
+The hot path is `infer` with a prepared message. The frame of each kind of request (names, types,
+shapes, places in shared memory) is built once, with a numpy view of each tensor's place: in the
+frame, or, for a large one, in shared memory. A call then writes the tensors and sixteen bytes of
+prefix, sends once and receives once; an array of `Client.tensor` lies in its place already.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ from edge_runtime.wire.regions import REGION_SIZE_MAX
 if TYPE_CHECKING:
     from edge_runtime.tensors import Array
 
-# Kinds of request (names, datatypes, shapes) remembered per connection; a client that varies more
-# than that pays some 10 us a call for a new header.
+# Kinds of request (names, datatypes, shapes, places) remembered per connection; who varies
+# more than that pays some 10 us a call for a new header.
 PLANS_MAX = 64
-# Of those with tensors in shared memory, by their places; each may hold a copy of its tensors.
-PLACED_MAX = 16
+# Bytes of tensors that their messages have room for, together. Sixteen of 2 MB; where copying takes
+# milliseconds, a header that is there already gains nothing. Hit: all are forgotten, and a request
+# that is larger by itself is never prepared.
+PREPARED_BYTES_MAX = 32 * 1024 * 1024
 INBOX_SIZE = 64 * 1024  # answers up to this size arrive in one receive
 
 _ID_AND_TIME = struct.Struct("<QQ")  # at 16 in the prefix
@@ -52,7 +55,8 @@ Key = tuple[Any, ...]
 
 
 class _Message(NamedTuple):
-    """A whole INFER frame and a numpy view over each tensor in it."""
+    """A whole INFER frame, and a view of the place of each input that must be written into it (or
+    beside it, into shared memory) before it is sent."""
 
     data: bytearray
     views: tuple[tuple[str, Array], ...]
@@ -96,7 +100,7 @@ class Connection:
         self._numbers: dict[Arena, int] = {}
         self._next_id = 0
         self._messages: dict[Key, _Message] = {}
-        self._placed: dict[Key, _Message] = {}
+        self._prepared_bytes = 0
         self._answers: dict[bytes, _Answer] = {}
         self._rooms: dict[Key, dict[str, int]] = {}
         self._understood: dict[bytes, codec.ResponsePlan] = {}
@@ -136,7 +140,8 @@ class Connection:
             key += (name, array.shape, array.dtype)
         message = self._messages.get(key)
         if message is None:
-            message = self._in_place(key, inputs, deadline_ns)
+            places = self._places(key, inputs)
+            message = self._messages.get(places) or self._prepare(key, places, inputs)
             if message is None:
                 return self._infer_large(deadline_ns, key, inputs, priority, copy)
         data, views = message
@@ -150,8 +155,10 @@ class Connection:
         self.busy = True
         try:
             sent = self._socket.send(data)
-            if sent != len(data):
+            if sent != len(data):  # a signal came
+                self._open.add(request_id)  # a refusal may come before all is sent
                 self._send([memoryview(data)[sent:]], deadline_ns)
+                return self.finish(Flight(request_id, key, _NOTHING), deadline_ns, copy)
             size = self._socket.recv_into(self._inbox)
         except OSError as e:
             raise self._lost(e) from e
@@ -176,61 +183,53 @@ class Connection:
         self._reader.feed(self._inbox_view[: self._alive(size)])
         return self.finish(Flight(request_id, key, _NOTHING), deadline_ns, copy)
 
-    def _in_place(self, key: Key, inputs: Mapping[str, Array], deadline_ns: int) -> _Message | None:
-        """The message of a request with tensors in shared memory, or of one not seen before.
-
-        It is the same again for the same places, where an array is one of `Client.tensor`; where
-        it is not, the message has a place of its own to copy it to. None: it cannot be prepared
-        (text, or outputs that want room in shared memory).
-        """
-        places = key
+    def _places(self, key: Key, inputs: Mapping[str, Array]) -> Key:
+        """The key, and where each large input lies already: None, if nowhere in shared memory."""
         for array in inputs.values():
             if array.nbytes >= self._shared_min_bytes:
-                places += (self._own.locate(array),)
-        message = self._placed.get(places)
-        if message is not None:
-            return message
-        if key in self._rooms or any(array.dtype.kind in "SUO" for array in inputs.values()):
-            return None
-        if places == key:
-            return self._remember(self._messages, PLANS_MAX, key, self._draft(key, inputs), inputs)
-        if self._scratch is None:
-            return None
-        self._set_timeout((deadline_ns - self._now_ns()) / 1e9)
-        draft = self._draft(key, inputs)
-        if not all(self._announce(arena, deadline_ns) for arena in draft.arenas()):
-            return None  # `submit` finds out too, and goes without
-        return self._remember(self._placed, PLACED_MAX, places, draft, inputs)
+                key += (self._own.locate(array),)
+        return key
 
-    def _remember(
-        self,
-        known: dict[Key, _Message],
-        known_max: int,
-        key: Key,
-        draft: codec.Draft,
-        inputs: Mapping[str, Array],
-    ) -> _Message:
-        """The frame of a draft, and where each input is to be written before it is sent."""
+    def _prepare(self, key: Key, places: Key, inputs: Mapping[str, Array]) -> _Message | None:
+        """A message with the tensors written; it is remembered with the views to write others.
+
+        None: a request that goes the long way, because it has text, outputs that want room in
+        shared memory, or too many bytes to copy, or because a region must be made first.
+        """
+        size = self._copied_bytes(inputs)
+        if (
+            key in self._rooms
+            or (self._scratch is None and places != key)
+            or size > PREPARED_BYTES_MAX
+            or any(array.dtype.kind in "SUO" for array in inputs.values())
+        ):
+            return None
+        if len(self._messages) >= PLANS_MAX or self._prepared_bytes + size > PREPARED_BYTES_MAX:
+            self._forget_messages()
+        draft = self._draft(key, inputs)
+        if len(draft.keep) != len(places) - len(key):  # shared memory is used up
+            return None
+        if any(arena not in self._numbers for arena in draft.arenas()):
+            return None
         header = draft.encode(self._model, key[0], self._numbers)
-        body_size = sum(part.nbytes for part in draft.body())
-        prefix = frames.encode_prefix(Kind.INFER, len(header), body_size)
-        data = bytearray(prefix + header + bytes(body_size))
-        offset = len(prefix) + len(header)
-        views: list[tuple[str, Array]] = []
-        kept = iter(draft.keep)
-        for name, _, shape, part, place in draft.inputs:
-            dtype = inputs[name].dtype.newbyteorder("<")
-            copy = next(kept) if inputs[name].nbytes >= self._shared_min_bytes else None
-            if place is None:
-                views.append((name, np.ndarray(shape, dtype, data, offset)))
-                offset += part.nbytes
-            elif copy is not inputs[name]:
-                assert copy is not None
-                views.append((name, copy))
-        if len(known) >= known_max:
-            known.clear()
-        message = known[key] = _Message(data, tuple(views))
-        return message
+        body = b"".join(draft.body())
+        prefix = frames.encode_prefix(Kind.INFER, len(header), len(body))
+        data = bytearray(prefix + header + body)
+        self._messages[places] = _Message(data, _views(draft, inputs, data, len(body)))
+        self._prepared_bytes += size
+        return _Message(data, ())
+
+    def _copied_bytes(self, inputs: Mapping[str, Array]) -> int:
+        """Bytes of those inputs that must be copied for being sent."""
+        return sum(
+            array.nbytes
+            for array in inputs.values()
+            if array.nbytes < self._shared_min_bytes or self._own.locate(array) is None
+        )
+
+    def _forget_messages(self) -> None:
+        self._messages.clear()
+        self._prepared_bytes = 0
 
     # Everything else
 
@@ -302,9 +301,11 @@ class Connection:
     def finish(self, flight: Flight, deadline_ns: int, copy: bool) -> InferResult:
         """Wait for the answer to one flight, in whatever order answers come. Raises as infer."""
         frame = self._wait(flight.request_id, deadline_ns)
+        self.busy = True  # until the answer makes sense
         plan = self._understand(frame)
-        self._learn_rooms(flight.key, plan)
         outputs = codec.unpack(plan, frame.body, flight.draft.rooms, copy=copy)
+        self.busy = False
+        self._learn_rooms(flight.key, plan)
         return InferResult(outputs, plan.model_version, frame.prefix.time_ns)
 
     def _understand(self, frame: Frame) -> codec.ResponsePlan:
@@ -340,8 +341,7 @@ class Connection:
             if len(self._rooms) >= PLANS_MAX:
                 self._rooms.clear()
             self._rooms[key] = large
-            self._messages.pop(key, None)
-            self._placed.clear()
+            self._forget_messages()
 
     def _start(
         self, kind: Kind, header: bytes, body: list[memoryview], deadline_ns: int, priority: int
@@ -442,4 +442,20 @@ class Connection:
         )
 
 
-_NOTHING = codec.Draft((), (), {}, ())
+def _views(
+    draft: codec.Draft, inputs: Mapping[str, Array], data: bytearray, body_size: int
+) -> tuple[tuple[str, Array], ...]:
+    """A view of each input's place, without those that lie in theirs."""
+    views: list[tuple[str, Array]] = []
+    offset = len(data) - body_size
+    for name, _, shape, part, place in draft.inputs:
+        if place is None:
+            dtype = inputs[name].dtype.newbyteorder("<")
+            views.append((name, np.ndarray(shape, dtype, data, offset)))
+            offset += part.nbytes
+        elif draft.keep[name] is not inputs[name]:
+            views.append((name, draft.keep[name]))
+    return tuple(views)
+
+
+_NOTHING = codec.Draft((), (), {}, {})

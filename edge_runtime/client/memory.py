@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 import weakref
 from collections import deque
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 64  # a cache line; what vector code of the backends likes best
 ARENA_SIZE_MIN = 4 * 1024 * 1024  # bytes; pages are real only when touched
+_FOREIGN = ">" if sys.byteorder == "little" else ">="  # byte orders that the wire does not have
 ARENAS_MAX = 8  # half of a connection's region numbers: one pool of tensors, one of scratch
 
 
@@ -53,11 +55,13 @@ class Arena:
         if offset is None:
             return None
         array: Array = np.ndarray(shape, dtype, self._memory, offset)
-        self.offsets[id(array)] = offset
         end = weakref.finalize(
             array, _end_of, id(array), self.offsets, self._returned, (offset, size)
         )
         end.atexit = False
+        # Only now: an id that outlives its array, because a signal came in between, would name a
+        # stranger's.
+        self.offsets[id(array)] = offset
         return array
 
     def _take(self, size: int) -> int | None:
@@ -107,8 +111,9 @@ class Pool:
             return arena.array(shape, dtype)
 
     def locate(self, array: Array) -> tuple[Arena, int] | None:
-        """The arena and offset of an array that lies in one and is C-contiguous."""
-        if not self._arenas or not array.flags.c_contiguous:
+        """Arena and offset of an array that lies in one as the wire wants it: C-contiguous and
+        little-endian."""
+        if not self._arenas or not array.flags.c_contiguous or array.dtype.byteorder in _FOREIGN:
             return None
         for arena in self._arenas:  # asking an array for its address takes longer: 1 us, 17 cold
             if (offset := arena.offsets.get(id(array))) is not None:
@@ -131,7 +136,7 @@ def _end_of(
     returned: deque[tuple[int, int]],
     place: tuple[int, int],
 ) -> None:
-    del offsets[key]
+    offsets.pop(key, None)
     returned.append(place)
 
 

@@ -133,7 +133,8 @@ class Client:
             version: a version counter as text; "": the active one.
             priority: 0 to 255; larger is served earlier.
             copy: false lets large outputs be views of shared memory: no copy. They are the
-                caller's for as long as it holds them; until then their memory is not reused.
+                caller's for as long as it holds them; until then their memory is not reused. (But
+                shared memory is limited: who keeps many gets the later ones through the socket.)
 
         Raises:
             DeadlineError: no answer in time; its cause is the last failure.
@@ -270,8 +271,12 @@ class Client:
             try:
                 channel = self._channels.get(model) or self._channels.setdefault(model, _Channel())
                 lock = channel.lock
-                if not lock.acquire(False) and not lock.acquire(timeout=max(0.0, timeout_s)):
-                    raise DeadlineError("other threads kept the connection busy", where=self.path)
+                if not lock.acquire(False):
+                    if not lock.acquire(timeout=max(0.0, timeout_s)):
+                        raise DeadlineError(
+                            "other threads kept the connection busy", where=self.path
+                        )
+                    timeout_s = (deadline_ns - self._now_ns()) / 1e9
                 try:
                     connection = channel.connection
                     if connection is None:
