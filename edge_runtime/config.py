@@ -227,9 +227,25 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         AccessRule | None, _why("who may infer with this model; empty: as access.infer says")
     ] = None
     restart: Annotated[RestartConfig, _why("what happens after a worker died")] = RestartConfig()
+    keep_alive_s: Annotated[
+        float, _number(0, 31_536_000, "s", "unused for so long: unloaded until asked; 0: for ever")
+    ] = 0.0
     keep_previous_warm: Annotated[
         bool, _why("the previous generation stays loaded: a rollback takes milliseconds")
     ] = True
+
+
+class MemoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What all models together may take."""
+
+    budget_bytes: Annotated[
+        Literal["auto"] | Annotated[int, Meta(ge=0, le=16384 * GIB)],
+        Meta(
+            description="private memory of all workers; above it the model asked for least "
+            "recently is unloaded; auto: 70 % of the machine or its cgroup; 0: no limit",
+            extra={"unit": "bytes", "expected": '"auto" or a size such as "256 MiB"'},
+        ),
+    ] = "auto"
 
 
 class WatchdogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -247,6 +263,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     access: AccessConfig = AccessConfig()
     limits: LimitsConfig = LimitsConfig()
     store: StoreConfig = StoreConfig()
+    memory: MemoryConfig = MemoryConfig()
     workers: WorkerConfig = WorkerConfig()
     models: dict[str, WorkerConfig] = {}
     watchdog: WatchdogConfig = WatchdogConfig()
@@ -378,7 +395,9 @@ def _document(data: bytes, where: str) -> Any:
 
 # --- checking -----------------------------------------------------------------------------------
 
-_SECTIONS = frozenset({"log", "access", "limits", "store", "workers", "models", "watchdog"})
+_SECTIONS = frozenset(
+    {"log", "access", "limits", "store", "memory", "workers", "models", "watchdog"}
+)
 _UNITS = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB}
 _S = TypeVar("_S", bound=msgspec.Struct)
 
@@ -412,7 +431,7 @@ def _sized(value: Any, where: str, path: str) -> Any:
                 where=_at(where, path),
                 remedy="put it in quotes if it is meant so",
             )
-        if isinstance(inner, str) and "byte" in key:
+        if isinstance(inner, str) and inner != "auto" and "byte" in key:
             copy[key] = _bytes_of(inner, where, inner_path)
         elif path.count(".") < 3:  # our keys are at most four deep; aliases may nest for ever
             copy[key] = _sized(inner, where, inner_path)

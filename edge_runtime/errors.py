@@ -113,6 +113,12 @@ class UnavailableError(EdgeError):
     exit_code = 6
 
 
+class NoMemoryError(UnavailableError):
+    """The memory budget has no room for the model now, even without the models that are idle."""
+
+    code = "no_memory"
+
+
 class ConnectionClosedError(UnavailableError):
     """The peer closed the connection; requests in flight on it have no answer."""
 
@@ -184,6 +190,7 @@ BY_CODE: dict[str, type[EdgeError]] = {
         BackendError,
         GoldenError,
         UnavailableError,
+        NoMemoryError,
         ConnectionClosedError,
         OverloadedError,
         DeadlineError,

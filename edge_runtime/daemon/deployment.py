@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,17 +17,19 @@ import msgspec
 from edge_runtime.bundle.manifest import Manifest, Variant
 from edge_runtime.clock import Clock
 from edge_runtime.config import Config, WorkerConfig
-from edge_runtime.daemon import memory, specs
+from edge_runtime.daemon import memory, residency, specs
 from edge_runtime.daemon.processes import Templates, WorkerProcess
+from edge_runtime.daemon.residency import Resident
 from edge_runtime.daemon.shelf import Shelf
 from edge_runtime.errors import (
     ConflictError,
     EdgeError,
     ModelError,
+    NoMemoryError,
     NotFoundError,
 )
 from edge_runtime.events import Events, Value
-from edge_runtime.serving import channel, health
+from edge_runtime.serving import channel, health, page
 from edge_runtime.serving.health import Cause, Death
 from edge_runtime.store import Generation, Switch
 
@@ -39,6 +41,8 @@ DRAIN_S_MAX = 15.0
 DEATHS_KEPT = 1000
 
 Returned = Callable[[channel.Returned, list[int]], None]
+# Makes room for a model that needs so many bytes, or raises NoMemoryError.
+MakeRoom = Callable[[str, int], Awaitable[None]]
 
 
 class Change(NamedTuple):
@@ -65,12 +69,14 @@ class Deployment:
         events: Events,
         clock: Clock,
         returned: Returned,
+        make_room: MakeRoom,
     ) -> None:
         self.name = name
         self.active: Generation | None = None
         self.worker: WorkerProcess | None = None
         self.warm: WorkerProcess | None = None
-        self.state = "stopped"  # stopped, loading, ready, backoff, failed
+        self.state = "stopped"  # stopped, loading, ready, idle, backoff, failed
+        self.last_used_ns = clock.monotonic_ns()
         self.reason = ""
         self.restarts = 0
         self._shelf = shelf
@@ -79,6 +85,10 @@ class Deployment:
         self._events = events
         self._clock = clock
         self._returned = returned
+        self._make_room = make_room
+        self._needs_bytes: dict[tuple[int, str], int] = {}  # measured: (generation, variant)
+        self._requests_seen = 0
+        self._waking: asyncio.Task[Any] | None = None
         self._lock = asyncio.Lock()
         self._deaths_ns: list[int] = []
         self._recovery: asyncio.Task[Any] | None = None
@@ -173,6 +183,57 @@ class Deployment:
         await asyncio.gather(self._hand_back(worker), self._hand_back(warm))
         await asyncio.gather(*(self._stop(one) for one in (worker, warm) if one is not None))
 
+    @property
+    def busy(self) -> bool:
+        """Whether a change of this model is under way."""
+        return self._lock.locked()
+
+    def wake(self) -> asyncio.Task[Any] | None:
+        """Load an idle model again because somebody asks; None: it is not idle."""
+        if self._waking is None or self._waking.done():
+            if self.state != "idle" or self._closing:
+                return None
+            self._waking = self._spawn(self._wake())
+        return self._waking
+
+    async def _wake(self) -> None:
+        async with self._lock:
+            if self.state == "idle" and self.active is not None:
+                self.reason = "asked for again"
+                await self._restart()
+
+    async def sleep(self, reason: str) -> int:
+        """Unload the worker until the model is asked for again; the bytes that came back."""
+        async with self._lock:
+            worker = self.worker
+            if worker is None or not worker.serving:
+                return 0
+            self.worker, self.state, self.reason = None, "idle", reason
+            await self._hand_back(worker)
+            freed = await self._stop(worker)
+            self._emit("model_idle", f"{reason}; {freed} bytes came back", freed_bytes=freed)
+            return freed
+
+    def residents(self) -> list[Resident]:
+        """The loaded workers with their memory."""
+        return [
+            Resident(
+                self.name,
+                worker is self.warm,
+                memory.of(worker.pid).private_bytes,
+                self.last_used_ns,
+                movable=worker.serving and not self.busy,
+            )
+            for worker in (self.worker, self.warm)
+            if worker is not None and worker.alive
+        ]
+
+    async def cool(self) -> int:
+        """End the warm previous version; the bytes that came back."""
+        async with self._lock:
+            warm, self.warm = self.warm, None
+            return await self._stop(warm) if warm is not None else 0
+
     def retry_after_s(self) -> float:
         """When a client that was told "unavailable" may try again."""
         return 1.0 if self.state in ("failed", "stopped") and not self._loading else 0.02
@@ -199,7 +260,8 @@ class Deployment:
         )
 
     def check(self, oom_kills: int) -> None:
-        """Kill a worker whose run has not returned within its time budget."""
+        """Look after the workers: kill one that hangs, unload one that nobody asks."""
+        self._note_use()
         limit_s = self.config.run_time_max_ms / 1000
         for worker in (self.worker, self.warm):
             if worker is not None and worker.serving:
@@ -225,6 +287,19 @@ class Deployment:
                     self.state = "backoff"
                     self._plan_recovery()
                 raise
+
+    def _note_use(self) -> None:
+        worker, now_ns = self.worker, self._clock.monotonic_ns()
+        if worker is None:
+            return
+        requests = worker.status[page.REQUESTS] + worker.status[page.WAITING]
+        if requests != self._requests_seen:
+            self._requests_seen, self.last_used_ns = requests, now_ns
+        elif not self.busy and residency.is_idle(
+            self.last_used_ns, now_ns, self.config.keep_alive_s
+        ):
+            self.last_used_ns = now_ns  # once
+            self._spawn(self.sleep(f"not asked for {self.config.keep_alive_s:g} s"))
 
     # -- loading ----------------------------------------------------------------------------------
 
@@ -262,7 +337,7 @@ class Deployment:
                     code=error.code,
                 )
         assert failure is not None
-        if len(refused) == 1:
+        if len(refused) == 1 or isinstance(failure, NoMemoryError):
             raise failure
         raise ModelError(
             f"no variant of {self.name}@{generation.version} is fit: " + "; ".join(refused)
@@ -281,6 +356,10 @@ class Deployment:
                 store.blob_path,
             )
         )
+        learned = self._needs_bytes.get((generation.number, variant.name), 0)
+        stated = manifest.budgets.memory_bytes
+        need_bytes = residency.predicted_bytes(stated, learned, variant.artifact.size)
+        await self._make_room(self.name, need_bytes)
         worker = WorkerProcess(spec, "", self._clock, self._returned)
         template = self._templates.get(variant.backend)
         limit_s = self.config.load_time_max_s
@@ -303,6 +382,7 @@ class Deployment:
         finally:
             self._loading = None
         worker.backend_version = template.version
+        self._check_budget(worker, stated)
         self._watch(worker)
         self._emit(
             "worker_ready",
@@ -317,6 +397,21 @@ class Deployment:
             runners=report.runners,
         )
         return worker
+
+    def _check_budget(self, worker: WorkerProcess, stated_bytes: int) -> None:
+        """Hold a worker to what its manifest states; remember what it took."""
+        spec = worker.spec
+        taken_bytes = memory.of(worker.pid).private_bytes
+        self._needs_bytes[spec.generation, spec.variant] = taken_bytes
+        self.last_used_ns = self._clock.monotonic_ns()
+        if stated_bytes and taken_bytes > stated_bytes:
+            worker.kill()
+            raise ModelError(
+                f"takes {taken_bytes} bytes of memory",
+                where=f"{self.name}@{spec.version} variant {spec.variant}",
+                expected=f"<= {stated_bytes} bytes (model.yaml: budgets.memory_bytes)",
+                remedy="state a larger budget in the bundle, or use a smaller variant",
+            )
 
     # -- switching --------------------------------------------------------------------------------
 
@@ -433,6 +528,8 @@ class Deployment:
         self.state = "loading"
         try:
             self.worker = await self._load(self.active)
+        except NoMemoryError as error:  # nothing is wrong with it: it waits until it is asked for
+            self.state, self.reason = "idle", str(error)
         except EdgeError as error:
             self._fail(error)
             self._after_death()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROC = Path("/proc")
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Memory(NamedTuple):
@@ -25,6 +26,32 @@ def of(pid: int, proc: Path = PROC) -> Memory:
     fields = _fields(proc / str(pid) / "smaps_rollup")
     private = fields.get("Private_Clean", 0) + fields.get("Private_Dirty", 0)
     return Memory(fields.get("Rss", 0), fields.get("Pss", 0), private)
+
+
+def limit_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+    """The memory that this process and its children may have: the machine's, or its cgroup's."""
+    total = _fields(proc / "meminfo").get("MemTotal", 0)
+    limits = [total] if total else []
+    for line in _lines(proc / "self" / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            limits += _numbers(cgroups / path.lstrip("/") / "memory.max")
+            limits += _numbers(cgroups / "unified" / path.lstrip("/") / "memory.max")
+        elif "memory" in controllers.split(","):
+            limits += _numbers(cgroups / "memory" / path.lstrip("/") / "memory.limit_in_bytes")
+    return min(limits, default=0)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _numbers(path: Path) -> list[int]:
+    """The number in a file; nothing for "max" or where there is no such file."""
+    return [int(line) for line in _lines(path) if line.isdigit()]
 
 
 def oom_kills(proc: Path = PROC) -> int:

@@ -18,6 +18,7 @@ from edge_runtime.clock import Clock
 from edge_runtime.config import Config
 from edge_runtime.daemon.access import Access
 from edge_runtime.errors import (
+    DeadlineError,
     EdgeError,
     MalformedError,
     OverloadedError,
@@ -39,6 +40,8 @@ EXTENSIONS = (
     "deadlines",
     "priorities",
 )
+# How long a request without a deadline waits for its model to be loaded again.
+WAKE_S_MAX = 30.0
 # One read; also what is thrown away at a time of a refused body.
 CHUNK_SIZE = 64 * 1024
 # When there is no descriptor left for a new connection: until old ones have ended.
@@ -62,6 +65,12 @@ class Directory(Protocol):
     def access(self, model: str) -> Access:
         """Who may infer with the model."""
 
+    def wake(self, model: str) -> asyncio.Task[Any] | None:
+        """Load a model that sleeps; done when it is loaded or cannot be. None: it does not."""
+
+    def sleeping(self, model: str) -> bool:
+        """Whether the model would be loaded for a request."""
+
     def retry_after_s(self, model: str) -> float:
         """When "not ready" is worth another try."""
 
@@ -78,7 +87,18 @@ class Directory(Protocol):
 class Visitor:
     """A connection while the daemon has it."""
 
-    __slots__ = ("buffer", "deadline", "own", "peer", "regions", "skip", "sock", "stray")
+    __slots__ = (
+        "buffer",
+        "deadline",
+        "own",
+        "parked",
+        "peer",
+        "regions",
+        "skip",
+        "sock",
+        "stray",
+        "woken",
+    )
 
     def __init__(self, sock: socket.socket, peer: PeerCredentials, own: str) -> None:
         self.sock = sock
@@ -89,6 +109,8 @@ class Visitor:
         self.regions: list[tuple[int, int, int]] = []  # (number, byte size, descriptor)
         self.skip = 0
         self.deadline: asyncio.TimerHandle | None = None
+        self.parked = False  # its first frame waits for a model to be loaded
+        self.woken = False  # it has waited: no second time for the same frame
 
     def descriptors(self) -> list[int]:
         """Everything that travels with it, the connection first; duplicates none."""
@@ -260,7 +282,7 @@ class Router:
     def _progress(self, visitor: Visitor) -> None:
         """Use what has been read."""
         try:
-            while self._here(visitor):
+            while self._here(visitor) and not visitor.parked:
                 if visitor.skip:
                     used = min(visitor.skip, len(visitor.buffer))
                     del visitor.buffer[:used]
@@ -298,6 +320,8 @@ class Router:
             if prefix.kind in frames.MODEL_KINDS:
                 if self._route(visitor, prefix, header):
                     return
+                if self._park(visitor, prefix, header):
+                    return
                 reply = self._not_ready(prefix, header)
             elif prefix.kind in SERVER_ANSWERS:
                 reply = messages.encode_document(
@@ -311,12 +335,21 @@ class Router:
                 )
         except EdgeError as error:
             self.refused += 1
-            if prefix.kind == Kind.REGION_ADD:
-                _close_all(visitor.stray)
-                visitor.stray.clear()
             reply = messages.encode_error(error, prefix.request_id)
+            self._answer(visitor, prefix, reply, refused=True)
+        else:
+            self._answer(visitor, prefix, reply)
+
+    def _answer(
+        self, visitor: Visitor, prefix: Prefix, reply: bytes, *, refused: bool = False
+    ) -> None:
+        """Take the frame off the buffer, with its body and descriptors, and answer it."""
+        if refused and prefix.kind == Kind.REGION_ADD:
+            _close_all(visitor.stray)
+            visitor.stray.clear()
         del visitor.buffer[: PREFIX_SIZE + prefix.header_size]
         visitor.skip = prefix.body_size
+        visitor.woken = False
         self._say(visitor, reply)
 
     def _route(self, visitor: Visitor, prefix: Prefix, header: bytes) -> bool:
@@ -361,10 +394,53 @@ class Router:
         worker.adopt(message, fds)  # if it is gone by now, the client sees the end, as at any death
         return True
 
+    def _park(self, visitor: Visitor, prefix: Prefix, header: bytes) -> bool:
+        """Let a request wait while its model is loaded again; False: it is not being loaded."""
+        if visitor.woken or prefix.kind == Kind.MODEL_READY:
+            return False  # asking whether it is ready is not asking for it
+        waking = self._directory.wake(messages.model_name_of(header))
+        if waking is None:
+            return False
+        wait_s = WAKE_S_MAX
+        if prefix.time_ns:
+            left_s = (prefix.time_ns - self._clock.monotonic_ns()) / 1e9
+            wait_s = min(max(left_s, 0.0), WAKE_S_MAX)
+        visitor.parked = visitor.woken = True
+        self._loop.remove_reader(visitor.sock.fileno())
+        if visitor.deadline is not None:
+            visitor.deadline.cancel()
+        visitor.deadline = self._loop.call_later(wait_s, self._give_up, visitor, prefix)
+        waking.add_done_callback(lambda _: self._unpark(visitor))
+        return True
+
+    def _unpark(self, visitor: Visitor) -> None:
+        """The model is loaded, or cannot be: look at the frame again."""
+        if not visitor.parked or not self._here(visitor):
+            return
+        self._resume(visitor)
+        self._progress(visitor)
+
+    def _resume(self, visitor: Visitor) -> None:
+        visitor.parked = False
+        if visitor.deadline is not None:
+            visitor.deadline.cancel()
+            visitor.deadline = None
+        self._loop.add_reader(visitor.sock.fileno(), self._readable, visitor)
+
+    def _give_up(self, visitor: Visitor, prefix: Prefix) -> None:
+        """The request's deadline passed while its model was being loaded."""
+        if not visitor.parked or not self._here(visitor):
+            return
+        self._resume(visitor)
+        error = DeadlineError("the deadline passed while the model was being loaded")
+        reply = messages.encode_error(error, prefix.request_id)
+        self._answer(visitor, prefix, reply, refused=True)
+        self._progress(visitor)
+
     def _not_ready(self, prefix: Prefix, header: bytes) -> bytes:
         name = messages.model_name_of(header)
         if prefix.kind == Kind.MODEL_READY:
-            answer = messages.ModelReady(name, False)
+            answer = messages.ModelReady(name, self._directory.sleeping(name))
             kind = prefix.kind | frames.RESPONSE
             return messages.encode_document(kind, answer, request_id=prefix.request_id)
         raise UnavailableError(

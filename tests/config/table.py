@@ -21,7 +21,7 @@ def table() -> str:
 def _shown(row: config.Row) -> str:
     if row.default is None or row.default in ("", (), []):
         return "(empty)"
-    if row.unit == "bytes" and row.default:
+    if row.unit == "bytes" and isinstance(row.default, int) and row.default:
         return f"{output.size(row.default)} ({row.default})"
     if isinstance(row.default, bool):
         return str(row.default).lower()
