@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.cli import EXIT_INTERRUPTED, infer, output
 from edge_runtime.cli import arguments as args
-from edge_runtime.cli import infer, output
 from edge_runtime.clock import SystemClock
 from edge_runtime.errors import UsageError
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-EXIT_INTERRUPTED = 130
 TIMEOUT_S = 10.0  # of connecting and of the first answer; --timeout changes it
 FACTORS = (1.0, 2.0, 5.0)
 DURATION_S = 5.0
@@ -129,8 +128,11 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     from edge_runtime.client.load import schedule
     from edge_runtime.client.load.campaign import Plan
 
-    plan = Plan(
-        factors=arguments.load or (),
+    given = arguments.rate or arguments.concurrency
+    for rate in arguments.rate or (1.0,):
+        schedule.check(schedule.Segment(rate, arguments.duration))
+    return Plan(
+        factors=arguments.load or (() if given else FACTORS),
         rates_per_s=arguments.rate or (),
         in_flight=arguments.concurrency or (),
         duration_s=arguments.duration,
@@ -138,15 +140,6 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         arrivals=arguments.arrivals,
         seed=arguments.seed,
     )
-    if not (plan.factors or plan.rates_per_s or plan.in_flight):
-        plan = Plan(**{**_fields(plan), "factors": FACTORS})
-    for rate in plan.rates_per_s or (1.0,):
-        schedule.check(schedule.Segment(rate, plan.duration_s))
-    return plan
-
-
-def _fields(plan: Plan) -> dict[str, Any]:
-    return {name: getattr(plan, name) for name in plan.__struct_fields__}
 
 
 def _inputs(arguments: argparse.Namespace) -> dict[str, Array]:

@@ -25,6 +25,7 @@ class Simulated:
     """One model, one queue: `run_ms` each; a refusal costs `refusal_ms` of the model's time.
 
     `sulk_s`: after a refusal it runs nothing for so long, as a server that recovers slowly.
+    `late_until`: the generator is late in so many loads.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class Simulated:
         refusal_ms: float = 0.0,
         sulk_s: float = 0.0,
         interrupt_at: int = 0,
+        late_until: int = 0,
     ) -> None:
         self._run_ns, self._queue = round(run_ms * 1e6), queue
         self._refusal_ns, self._sulk_ns = round(refusal_ms * 1e6), round(sulk_s * 1e9)
         self._interrupt_at = interrupt_at
+        self._late_until = late_until
         self.calls: list[tuple[str, float]] = []
 
     def open_loop(self, due_ns: Any, end_ns: int, deadline_s: float) -> Observations:
@@ -70,7 +73,8 @@ class Simulated:
 
     def _seen(self, due: Any, answered: Any, outcome: Any, end_ns: int) -> Observations:
         interrupted = len(self.calls) == self._interrupt_at
-        return Observations(due, due, answered, outcome, end_ns, 0.1, interrupted)
+        lag_ns = 50_000_000 if len(self.calls) <= self._late_until else 0
+        return Observations(due, due + lag_ns, answered + lag_ns, outcome, end_ns, 0.1, interrupted)
 
 
 def run(source: Simulated, **plan: Any) -> Report:
@@ -103,6 +107,15 @@ def test_a_server_that_spends_its_time_on_refusals_is_seen_to() -> None:
 def test_a_server_that_does_not_recover_is_seen_to() -> None:
     worst = run(Simulated(2, 64, sulk_s=60)).loads[-1]
     assert worst.recovery_s is None and worst.recovery_watched_s == campaign.RECOVERY_S
+
+
+@pytest.mark.parametrize(("late_until", "calms"), [(0, 1), (3, 1), (4, 2), (9, 3)])
+def test_a_calm_that_the_generator_disturbed_is_measured_again(late_until: int, calms: int) -> None:
+    """Three steps of the peak come first."""
+    source = Simulated(2, 64, late_until=late_until)
+    report = run(source, factors=(1.0,))
+    assert len(source.calls) == 3 + calms + 1
+    assert report.calm is not None and report.calm.generator_lagged == (late_until == 9)
 
 
 def test_the_deadline_decides_what_is_goodput() -> None:

@@ -122,6 +122,21 @@ def test_a_server_that_is_gone_leaves_requests_unsent_and_the_end_comes(tmp_path
     assert again.good == 0
 
 
+def test_a_connection_that_could_not_be_opened_is_tried_again_in_the_next_load(
+    tmp_path: Path,
+) -> None:
+    first = Server(tmp_path / "infer.sock")
+    with generating(first, connections=1) as generator:
+        first.close()
+        gone = counted(
+            generator.open_loop(np.arange(60, dtype=np.int64) * 5_000_000, 300_000_000, 1)
+        )
+        second = Server(tmp_path / "infer.sock")
+        back = counted(generator.closed_loop(1, 0.25, 5))
+        second.close()
+    assert gone.unsent > 0 and back.good > 0
+
+
 def test_a_server_that_does_not_answer_is_waited_for_and_left(server: Server) -> None:
     with generating(server, connections=1) as generator:
         server.faults.delays, server.faults.delay_s = 1, 2.5

@@ -26,6 +26,7 @@ PEAK_IN_FLIGHT = (4, 16, 48)
 # exactly what it can serve stays full, and whatever the server does it never recovers. At half the
 # peak a queue needs twice the time that its requests take.
 CALM = 0.5
+CALM_TRIES = 3
 RECOVERY_S = 2.0  # watched after an overload: twice what a server should need
 # The calm's p99 is a maximum of some hundred requests: "back" is within this factor, or this much.
 RECOVERED_FACTOR, RECOVERED_MORE_MS = 2.0, 2.0
@@ -123,8 +124,14 @@ class Campaign:
         return best
 
     def _calm(self, peak: Load) -> Load:
-        rate = CALM * peak.goodput_per_s
-        return self._open(f"{CALM:g}x", rate, duration_s=self._step_s)[0]
+        """The calm, again when the generator was late in it: recovery is judged by its p99."""
+        found: list[Load] = []
+        while len(found) < CALM_TRIES and not self._interrupted:
+            rate = CALM * peak.goodput_per_s
+            found.append(self._open(f"{CALM:g}x", rate, duration_s=self._step_s)[0])
+            if not found[-1].generator_lagged:
+                return found[-1]
+        return min(found, key=lambda one: one.latency_ms.p99 or float("inf"))
 
     def _multiple(self, factor: float, peak: Load, calm: Load) -> Load:
         """A load of a multiple of the peak; above 1x its end is watched."""

@@ -262,6 +262,7 @@ class _Run:
                 lane.close()
             lane.waiting.clear()
             lane.blocked = False
+            lane.retry_at_ns = 0  # it was told in this load's time
 
     # -- one turn ----------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ class Lane:
         waiting: numbers of requests that are not wholly sent, oldest first.
         begun: bytes of the oldest that are out.
         blocked: the kernel took less than was offered; wait until it is writable.
+        retry_at_ns: when a closed one may be opened again; the generator's.
     """
 
     def __init__(self, number: int, path: str, template: Template) -> None:

@@ -7,6 +7,7 @@ draws; no figure is computed here.
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from edge_runtime.errors import StorageError, UsageError
 SUFFIXES = (".png", ".svg", ".pdf")
 DOTS_PER_INCH = 120
 SIZE_INCHES = (11, 4.5)
-SHARE_LAST = 0.9999  # the curve's right end: shares are drawn by their nines
+SHARE_LAST = 0.99999  # the right end at most: shares are drawn by their nines
+SHARES_NAMED = (0.5, 0.9, 0.99, 0.999, 0.9999)
 
 
 def check(path: Path) -> None:
@@ -50,8 +52,9 @@ def draw(report: Report, title: str, path: Path) -> None:
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     left, right = figure.subplots(1, 2)
     figure.suptitle(title)
-    _latencies(left, report.loads)
-    _goodput(right, report)
+    rows = (*((report.calm,) if report.calm else ()), *report.loads)
+    _latencies(left, rows)
+    _goodput(right, rows, report.peak)
     try:
         figure.savefig(path, dpi=DOTS_PER_INCH)
     except OSError as e:
@@ -59,11 +62,13 @@ def draw(report: Report, title: str, path: Path) -> None:
 
 
 def _latencies(axes: Any, loads: tuple[Load, ...]) -> None:
-    shares = (0.5, 0.9, 0.99, 0.999, SHARE_LAST)
     for one in loads:
-        points = [(_nines(share), ms) for share, ms in one.latency_curve_ms]
-        axes.plot(*zip(*points, strict=True), marker=".", label=one.name) if points else None
-    axes.set_xticks([_nines(share) for share in shares], [f"{share * 100:g} %" for share in shares])
+        last = 1 - 1 / max(one.latency_ms.count, 2)  # where the maximum of so many values stands
+        points = [(_nines(min(share, last)), ms) for share, ms in one.latency_curve_ms]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", label=one.name)
+    names = [f"{share * 100:g} %" for share in SHARES_NAMED]
+    axes.set_xticks([_nines(share) for share in SHARES_NAMED], names)
     axes.set_yscale("log")
     axes.set_xlabel("share of the answers")
     axes.set_ylabel("latency, ms, from when a request was due")
@@ -74,17 +79,15 @@ def _latencies(axes: Any, loads: tuple[Load, ...]) -> None:
 
 def _nines(share: float) -> float:
     """Where a share stands: 90 % at 1, 99 % at 2, 99.9 % at 3."""
-    import math
-
     return -math.log10(1 - min(share, SHARE_LAST))
 
 
-def _goodput(axes: Any, report: Report) -> None:
-    loads = sorted(report.loads, key=lambda one: one.offered_per_s)
+def _goodput(axes: Any, rows: tuple[Load, ...], peak: Load | None) -> None:
+    loads = sorted(rows, key=lambda one: one.offered_per_s)
     offered = [one.offered_per_s for one in loads]
     axes.plot(offered, [one.goodput_per_s for one in loads], marker="o", label="answered in time")
-    if report.peak:
-        axes.axhline(report.peak.goodput_per_s, linestyle="--", color="gray", label="peak")
+    if peak:
+        axes.axhline(peak.goodput_per_s, linestyle="--", color="gray", label="peak")
     axes.set_xlabel("offered, requests/s")
     axes.set_ylabel("goodput, requests/s")
     axes.set_xlim(left=0)
