@@ -34,6 +34,7 @@ _LOAD_WORD = 0x20  # BPF_LD | BPF_W | BPF_ABS
 _JUMP_EQUAL = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
 _JUMP_AT_LEAST = 0x35  # BPF_JMP | BPF_JGE | BPF_K
 _RETURN = 0x06
+_FIRST_ARGUMENT = 16  # offset of args[0] in struct seccomp_data; both machines are little-endian
 
 # Calls that a worker never needs after its library is imported: no network, no other program, no
 # other process, no kernel doors. (x86_64 number, aarch64 number); None: the architecture has no
@@ -78,6 +79,21 @@ DENIED_CALLS: dict[str, tuple[int | None, int | None]] = {
     "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425),
     "open_by_handle_at": (304, 265),
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274),
+}
+# Calls that a worker needs for itself, and that reach the daemon and every other worker too, for
+# all run as one user: the first argument must be 0 or the worker's own process id. (A CPU limit
+# set on the daemon would be its end.)
+OWN_PROCESS_CALLS: dict[str, tuple[int, int]] = {"tgkill": (234, 131), "prlimit64": (302, 261)}
+# The same by a detour: who is sent the signal of a descriptor, and which one. Refused when the
+# second argument is one of these.
+DENIED_OPERATIONS: dict[str, tuple[tuple[int, int], tuple[int, ...]]] = {
+    "fcntl": ((72, 25), (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+    "ioctl": ((16, 29), (0x8901, 0x8902)),  # FIOSETOWN, SIOCSPGRP
 }
 _AUDIT_ARCH = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 _X32_BIT = 0x40000000  # x86_64 processes may also call by the x32 numbers: all refused
@@ -147,9 +163,9 @@ def _data_bytes() -> int:
     return 0
 
 
-def filter_program(machine: str) -> bytes | None:
-    """The seccomp program (struct sock_filter[]) for a machine, or None where its numbers are not
-    known.
+def filter_program(machine: str, pid: int) -> bytes | None:
+    """The seccomp program (struct sock_filter[]) for a machine and the process that will install
+    it, or None where the machine's numbers are not known.
 
     Refused calls answer EPERM rather than kill: a library that merely tries gets an error it can
     report.
@@ -161,10 +177,12 @@ def filter_program(machine: str) -> bytes | None:
     checks = [(_JUMP_EQUAL, number) for number in numbers]
     if machine == "x86_64":
         checks.insert(0, (_JUMP_AT_LEAST, _X32_BIT))
+    by_argument = _argument_checks(column, pid)
     program = [
         (_LOAD_WORD, 0, 0, 4),  # seccomp_data.arch
-        (_JUMP_EQUAL, 0, len(checks) + 2, arch),  # another architecture's calls: refused
+        (_JUMP_EQUAL, 0, len(by_argument) + len(checks) + 2, arch),  # another one's calls: refused
         (_LOAD_WORD, 0, 0, 0),  # seccomp_data.nr
+        *by_argument,
     ]
     for index, (code, number) in enumerate(checks):
         program.append((code, len(checks) - index, 0, number))
@@ -172,9 +190,33 @@ def filter_program(machine: str) -> bytes | None:
     return b"".join(struct.pack("<HBBI", *step) for step in program)
 
 
+def _argument_checks(column: int, pid: int) -> list[tuple[int, int, int, int]]:
+    """Steps for the calls that are judged by an argument: each of them ends in a verdict.
+
+    Low words of arguments suffice: the kernel takes process ids and operations as 32 bits.
+    """
+    steps: list[tuple[int, int, int, int]] = []
+    for pair in OWN_PROCESS_CALLS.values():
+        steps += [
+            (_JUMP_EQUAL, 0, 5, pair[column]),
+            (_LOAD_WORD, 0, 0, _FIRST_ARGUMENT),
+            (_JUMP_EQUAL, 1, 0, 0),
+            (_JUMP_EQUAL, 0, 1, pid),
+            (_RETURN, 0, 0, _RET_ALLOW),
+            (_RETURN, 0, 0, _RET_ERRNO_EPERM),
+        ]
+    for pair, operations in DENIED_OPERATIONS.values():
+        count = len(operations)
+        steps += [(_JUMP_EQUAL, 0, count + 3, pair[column])]
+        steps += [(_LOAD_WORD, 0, 0, _FIRST_ARGUMENT + 8)]
+        steps += [(_JUMP_EQUAL, count - at, 0, value) for at, value in enumerate(operations)]
+        steps += [(_RETURN, 0, 0, _RET_ALLOW), (_RETURN, 0, 0, _RET_ERRNO_EPERM)]
+    return steps
+
+
 def deny_calls() -> str:
     """Install the filter for this thread and all it will start; returns what it did."""
-    program = filter_program(platform.machine())
+    program = filter_program(platform.machine(), os.getpid())
     if program is None:
         return f"no seccomp ({platform.machine()})"
     buffer = ctypes.create_string_buffer(program, len(program))
@@ -185,7 +227,8 @@ def deny_calls() -> str:
         _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(holder))
     except SandboxError as error:
         return f"no seccomp ({error.strerror})"
-    return f"seccomp ({len(DENIED_CALLS)} calls)"
+    refused = len(DENIED_CALLS) + len(OWN_PROCESS_CALLS) + len(DENIED_OPERATIONS)
+    return f"seccomp ({refused} calls)"
 
 
 def restrict_files(readable: Iterable[Path]) -> str:

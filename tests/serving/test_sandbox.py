@@ -37,19 +37,21 @@ NEEDED = {
     "sendmsg": (46, 211),
     "epoll_pwait": (281, 22),
     "memfd_create": (319, 279),
-    "tgkill": (234, 131),  # abort() of a library, so that its death is told
     "exit_group": (231, 94),
     "openat": (257, 56),  # landlock decides which
 }
 
 
-def run_filter(program: bytes, arch: int, number: int) -> int:
+PID = 4711  # of the process that installs the filter
+
+
+def run_filter(program: bytes, arch: int, number: int, *arguments: int) -> int:
     """Interpret a classic BPF program as seccomp does (Documentation/userspace-api/seccomp_filter).
 
     Returns its verdict. Raises for an instruction it does not know or a jump out of the program:
     the kernel would refuse such a filter.
     """
-    data = struct.pack("<IIQ6Q", number, arch, 0, *[0] * 6)
+    data = struct.pack("<IIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
     steps = list(struct.iter_unpack("<HBBI", program))
     at = accumulator = 0
     for _ in range(4096):
@@ -70,7 +72,7 @@ def run_filter(program: bytes, arch: int, number: int) -> int:
 
 
 def program(machine: str) -> bytes:
-    found = sandbox.filter_program(machine)
+    found = sandbox.filter_program(machine, PID)
     assert found is not None and len(found) % 8 == 0
     return found
 
@@ -94,6 +96,32 @@ def test_exactly_the_denied_numbers_are_refused(machine: str, number: int) -> No
 
 
 @pytest.mark.parametrize("machine", MACHINES)
+@given(other=st.integers(0, 0xFFFFFFFF), high=st.integers(0, 0xFFFFFFFF))
+def test_signals_and_limits_reach_no_process_but_its_own(
+    machine: str, other: int, high: int
+) -> None:
+    code, arch, column = program(machine), MACHINES[machine], COLUMN[machine]
+    for name, numbers in sandbox.OWN_PROCESS_CALLS.items():
+        for pid in (0, PID):
+            assert run_filter(code, arch, numbers[column], pid) == ALLOW, name
+        verdict = ALLOW if other in (0, PID) else EPERM
+        assert run_filter(code, arch, numbers[column], high << 32 | other) == verdict, name
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@given(operation=st.integers(0, 0xFFFFFFFF))
+def test_a_descriptor_cannot_be_made_to_signal_another_process(
+    machine: str, operation: int
+) -> None:
+    code, arch, column = program(machine), MACHINES[machine], COLUMN[machine]
+    for name, (numbers, operations) in sandbox.DENIED_OPERATIONS.items():
+        for refused in operations:
+            assert run_filter(code, arch, numbers[column], 7, refused) == EPERM, name
+        verdict = EPERM if operation in operations else ALLOW
+        assert run_filter(code, arch, numbers[column], 7, operation) == verdict, name
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 @given(number=st.integers(0, 0xFFFFFFFF))
 def test_calls_of_any_other_architecture_are_refused(machine: str, number: int) -> None:
     for arch in {X86_64, I386, AARCH64, ARM, 0} - {MACHINES[machine]}:
@@ -106,7 +134,7 @@ def test_x32_calls_are_refused(number: int) -> None:
 
 
 def test_a_machine_whose_numbers_are_not_known_has_no_filter() -> None:
-    assert sandbox.filter_program("riscv64") is None
+    assert sandbox.filter_program("riscv64", PID) is None
 
 
 def test_no_number_stands_twice() -> None:
@@ -127,7 +155,8 @@ def test_the_numbers_are_those_of_the_kernels_headers(header: str, column: int) 
         pytest.skip(f"{header} is not installed (linux-libc-dev)")
     text = Path(header).read_text()
     known = {name: int(n) for name, n in re.findall(r"#define __NR_(\w+)\s+(\d+)", text)}
-    wanted = {**sandbox.DENIED_CALLS, **NEEDED}
+    wanted = {**sandbox.DENIED_CALLS, **sandbox.OWN_PROCESS_CALLS, **NEEDED}
+    wanted |= {name: numbers for name, (numbers, _) in sandbox.DENIED_OPERATIONS.items()}
     for name, numbers in wanted.items():
         if name in known:
             assert numbers[column] == known[name], name
@@ -137,7 +166,7 @@ def test_the_numbers_are_those_of_the_kernels_headers(header: str, column: int) 
 # --- the real thing -------------------------------------------------------------------------------
 
 PROBE = """
-import ctypes, errno, json, os, signal, socket, sys, threading
+import ctypes, errno, fcntl, json, os, resource, signal, socket, struct, sys, threading
 from pathlib import Path
 from edge_runtime.serving import sandbox
 
@@ -149,6 +178,13 @@ tries = {
     "inet": lambda: socket.socket(socket.AF_INET),
     "execve": lambda: os.execv("/bin/true", ["true"]),
     "kill": lambda: os.kill(parent, 0),
+    "tgkill": lambda: libc("tgkill", parent, parent, 0),
+    "prlimit": lambda: resource.prlimit(parent, resource.RLIMIT_CPU, (1000, 1000)),
+    "priority": lambda: os.setpriority(os.PRIO_PROCESS, parent, 19),
+    "owner": lambda: fcntl.fcntl(0, fcntl.F_SETOWN, parent),
+    "ioctl owner": lambda: fcntl.ioctl(socket.socketpair()[0], 0x8901, struct.pack("i", parent)),
+    "own limit": lambda: resource.prlimit(0, resource.RLIMIT_CPU),
+    "own tgkill": lambda: libc("tgkill", os.getpid(), threading.get_native_id(), 0),
     "pidfd": lambda: os.pidfd_open(parent),
     "unshare": lambda: libc("unshare", 0x10000000),
     "ptrace": lambda: libc("ptrace", 0, 0, 0, 0),
@@ -223,6 +259,7 @@ def test_a_confined_process_may_still_do_what_a_worker_needs(
 ) -> None:
     _, found = confined
     allowed = ["read mine", "read library", "read meminfo", "memfd", "pair", "thread"]
+    allowed += ["own limit", "own tgkill"]
     assert {name: found[name] for name in allowed} == dict.fromkeys(allowed, "")
     assert found["NoNewPrivs"] == "1"
 
@@ -234,6 +271,7 @@ def test_a_confined_process_has_no_network_no_programs_and_no_other_processes(
     if not any(measure.startswith("seccomp") for measure in measures):
         pytest.skip(f"this kernel has no seccomp filters: {measures}")
     refused = ["socket", "inet", "execve", "kill", "pidfd", "unshare", "ptrace", "chroot"]
+    refused += ["tgkill", "prlimit", "priority", "owner", "ioctl owner"]
     assert {name: found[name] for name in refused} == dict.fromkeys(refused, "EPERM")
     assert found["Seccomp"] == "2"
 
