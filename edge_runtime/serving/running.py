@@ -63,8 +63,8 @@ class Request:
 Waiting = tuple[int, int, int, Request]
 # The answer's frame or the error.
 Outcome = tuple[memoryview | None, EdgeError | None]
-# Requests of one run, their batch, their outcomes, the run's nanoseconds.
-Done = tuple[list[Request], Batch | None, list[Outcome], int]
+# Requests of one run, their batch, their outcomes, the run's nanoseconds, when it began.
+Done = tuple[list[Request], Batch | None, list[Outcome], int, int]
 
 
 class Runners:
@@ -108,7 +108,7 @@ class Runners:
         self._status[word] = began_ns = _monotonic_ns()
         outcomes = execute(requests, batch)
         self._status[word] = 0
-        self._done.append((requests, batch, outcomes, _monotonic_ns() - began_ns))
+        self._done.append((requests, batch, outcomes, _monotonic_ns() - began_ns, began_ns))
         os.eventfd_write(self.wake_fd, 1)
 
 

@@ -57,6 +57,14 @@ SWEEP_S = 1.0
 BATCH_KEYS_MAX = 8
 # Descriptors that came with frames which take none: a client that goes on sending them is broken.
 STRAY_MAX = 8
+# Where an error is counted, by its code; any other: FAILED.
+_OUTCOMES = {
+    "overloaded": page.REFUSED,
+    "deadline_exceeded": page.EXPIRED,
+    "invalid_request": page.INVALID,
+    "too_large": page.INVALID,
+    "malformed": page.INVALID,
+}
 # One descriptor a frame is legal; room for two shows the mistake instead of hiding it.
 _ANCILLARY = socket.CMSG_SPACE(2 * 4)
 _INFER = int(Kind.INFER)
@@ -256,6 +264,7 @@ class Worker:
             if receiving.filled == receiving.plan.body_size:
                 owner.receiving = None
                 owner.stalled_since_ns = 0
+                receiving.read_ns = _monotonic_ns()
                 self._admit(receiving)
         else:
             owner.end += count
@@ -323,7 +332,7 @@ class Worker:
         try:
             frames.decode_prefix(owner.buffer, owner.start)
         except (MalformedError, TooLargeError) as error:
-            self._status[page.ERRORS] += 1
+            self._count(error)
             self._answer_error(owner, 0, error)
         self._close(owner)
 
@@ -429,9 +438,15 @@ class Worker:
         self, owner: Connection, error: EdgeError, request_id: int, body_at: int, body_size: int
     ) -> None:
         self._skip_body(owner, body_at, body_size)
-        refused = isinstance(error, OverloadedError)
-        self._status[page.REFUSED if refused else page.ERRORS] += 1
+        self._count(error)
         self._answer_error(owner, request_id, error)
+
+    def _count(self, error: EdgeError) -> None:
+        """An answer that is an error."""
+        word = _OUTCOMES.get(error.code, page.FAILED)
+        self._status[word] += 1
+        if word in (page.INVALID, page.FAILED):
+            self._status[page.ERRORS] += 1
 
     # -- what is not an inference ------------------------------------------------------------------
 
@@ -569,7 +584,6 @@ class Worker:
         deadline_ns = request.deadline_ns
         if not deadline_ns or _monotonic_ns() < deadline_ns:
             return False
-        self._status[page.EXPIRED] += 1
         self._finish(request, None, DeadlineError("the deadline passed before the model ran"))
         return True
 
@@ -587,7 +601,9 @@ class Worker:
             error = edge_error(failure)
         finally:
             status[page.RUN_BEGAN] = 0
-        self._finish(request, response, error, _monotonic_ns() - began_ns)
+        run_ns = _monotonic_ns() - began_ns
+        page.observe(status, page.COMPUTE, run_ns)
+        self._finish(request, response, error, run_ns, began_ns)
 
     def _run_batch_inline(self, requests: list[Request]) -> None:
         status = self._status
@@ -595,7 +611,7 @@ class Worker:
         batch = self._batch_for(requests)
         outcomes = execute(requests, batch)
         status[page.RUN_BEGAN] = 0
-        self._finish_run(requests, batch, outcomes, _monotonic_ns() - began_ns)
+        self._finish_run(requests, batch, outcomes, _monotonic_ns() - began_ns, began_ns)
 
     def _batch_for(self, requests: list[Request]) -> Batch | None:
         """Memory for these requests as one batch; None: they run one by one."""
@@ -620,8 +636,10 @@ class Worker:
         batch: Batch | None,
         outcomes: list[Outcome],
         run_ns: int,
+        began_ns: int,
     ) -> None:
         """Answer the requests of one run."""
+        page.observe(self._status, page.COMPUTE, run_ns)
         if batch is not None:
             self._status[page.BATCHES] += 1
             self._status[page.BATCHED] += len(requests)
@@ -630,7 +648,7 @@ class Worker:
                 self._batches[key].append(batch)
         share_ns = max(run_ns // len(requests), 1)
         for request, (response, error) in zip(requests, outcomes, strict=True):
-            self._finish(request, response, error, share_ns)
+            self._finish(request, response, error, share_ns, began_ns)
 
     def _collect(self) -> None:
         assert self._runners is not None
@@ -643,32 +661,32 @@ class Worker:
         response: memoryview | None,
         error: EdgeError | None,
         run_ns: int = 0,
+        began_ns: int = 0,
     ) -> None:
-        """Answer a request that ran, failed or expired."""
+        """Answer a request that ran (since `began_ns`, for `run_ns`), was cached, or expired."""
         owner = request.connection
         slot = request.slot
         owner.in_flight -= 1
         status = self._status
         if run_ns:
-            status[page.RUN_NS] += run_ns
+            page.observe(status, page.QUEUE, began_ns - request.read_ns)
             self._run_ns_mean += (run_ns - self._run_ns_mean) * 0.1
         if owner.fd < 0:
+            status[page.CANCELLED] += 1
             self._release(slot)  # the client left meanwhile
         elif response is not None:
             status[page.REQUESTS] += 1
             if request.cache_key is not None and run_ns and self._cache is not None:
                 self._cache.put(request.cache_key, response)
+            request_ns = _monotonic_ns() - request.read_ns
+            page.observe(status, page.REQUEST, request_ns)
             frames.PREFIX_TAIL.pack_into(
-                response,
-                frames.PREFIX_TAIL_AT,
-                request.request_id,
-                _monotonic_ns() - request.read_ns,
+                response, frames.PREFIX_TAIL_AT, request.request_id, request_ns
             )
             self._send(owner, response, slot)
         else:
             assert error is not None
-            if not isinstance(error, DeadlineError):
-                status[page.ERRORS] += 1
+            self._count(error)
             self._release(slot)
             self._answer_error(owner, request.request_id, error)
         if owner.leaving and not owner.in_flight:
@@ -763,6 +781,7 @@ class Worker:
                 kept.append(entry)
                 continue
             owner.in_flight -= 1
+            self._status[page.CANCELLED] += 1
             self._release(entry[3].slot)
         heapq.heapify(kept)
         self._pending = kept

@@ -164,7 +164,7 @@ def test_a_page_is_shared_starts_at_zero_and_cannot_change_its_size() -> None:
 
 def test_the_words_do_not_overlap() -> None:
     named = [page.REQUESTS, page.ERRORS, page.REFUSED, page.EXPIRED, page.CONNECTIONS]
-    named += [page.WAITING, page.RUN_NS, page.LOOP_NS]
+    named += [page.WAITING, page.LOOP_NS, page.INVALID, page.FAILED, page.CANCELLED]
     assert len(set(named)) == len(named) and max(named) < page.RUN_BEGAN
     assert page.RUN_BEGAN + page.RUNNERS_MAX <= page.PAGE_SIZE // 8
 

@@ -68,7 +68,7 @@ def test_a_request_is_answered_with_its_id_and_the_models_outputs(build: Build, 
     answer = rig.client().ask(infer(3.0, request_id=77))
     assert answer.request_id == 77 and answer.kind == Kind.INFER | frames.RESPONSE
     np.testing.assert_array_equal(answer.array(), np.full((1, WIDTH), 7, np.float32))
-    assert rig.status[page.REQUESTS] == 1 and rig.status[page.RUN_NS] > 0
+    assert rig.status[page.REQUESTS] == 1 and rig.status[page.COMPUTE] > 0
 
 
 def test_pipelined_requests_are_each_answered_once_and_inline_in_order(build: Build) -> None:
@@ -134,7 +134,8 @@ def test_whatever_a_model_raises_is_an_answer_and_the_worker_goes_on(
     client.send(infer(13.0, 1) + infer(1.0, 2))
     answers = {answer.request_id: answer for answer in client.answers()}
     assert answers[1].code == code and answers[2].array()[0, 0] == 3
-    assert rig.status[page.ERRORS] == 1 and rig.status[page.RUN_BEGAN] == 0
+    counted = page.REFUSED if code == "overloaded" else page.ERRORS
+    assert rig.status[counted] == 1 and rig.status[page.RUN_BEGAN] == 0
 
 
 def test_a_backend_that_cannot_bind_is_an_answer_and_nothing_is_kept(build: Build) -> None:
