@@ -171,29 +171,21 @@ def understand(header: bytes) -> ResponsePlan:
     """
     try:
         response = messages.decode_infer_response(header)
-        sizes = [_answered_size(output) for output in response.outputs]
     except RequestError as e:
         raise MalformedError(f"the server's answer: {e}") from e
     offset = 0
     outputs = []
-    for output, size in zip(response.outputs, sizes, strict=True):
-        in_region = output.parameters.shared_memory_region is not None
+    for output in response.outputs:
+        parameters = output.parameters
+        in_region = parameters.shared_memory_region is not None
+        size = parameters.binary_data_size or 0
+        if in_region:
+            size = parameters.shared_memory_byte_size
         outputs.append(
             OutputView(output.name, output.datatype, output.shape, offset, size, in_region)
         )
         offset += 0 if in_region else size
     return ResponsePlan(response.model_version, tuple(outputs), offset)
-
-
-def _answered_size(output: TensorHeader) -> int:
-    """Bytes of an output. Raises RequestError when datatype and shape need another number."""
-    parameters = output.parameters
-    size = parameters.binary_data_size or 0
-    if parameters.shared_memory_region is not None:
-        size = parameters.shared_memory_byte_size
-    if output.datatype != "BYTES" and size != tensors.byte_size(output.datatype, output.shape):
-        raise RequestError(f"output {output.name!r} has {size} bytes, which its shape does not")
-    return size
 
 
 def large_outputs(plan: ResponsePlan, shared_min_bytes: int) -> dict[str, int]:
