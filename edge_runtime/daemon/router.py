@@ -197,7 +197,7 @@ class Router:
                 sock.close()
                 continue
             visitor = Visitor(sock, peer, own)
-            if len(self._visitors) + self._directory.connections() >= self._limits.connections_max:
+            if self._full() and peer.pid != os.getpid():  # a crowd must not starve the watchdog
                 error_too_many = OverloadedError(
                     "too many connections",
                     expected=f"<= {self._limits.connections_max} (limits.connections_max)",
@@ -208,6 +208,10 @@ class Router:
                 self.refused += 1
                 continue
             self._admit(visitor)
+
+    def _full(self) -> bool:
+        connections = len(self._visitors) + self._directory.connections()
+        return connections >= self._limits.connections_max
 
     def _resume_accept(self, listener: socket.socket, own: str) -> None:
         if listener.fileno() >= 0:
@@ -336,19 +340,15 @@ class Router:
         except EdgeError as error:
             self.refused += 1
             reply = messages.encode_error(error, prefix.request_id)
-            self._answer(visitor, prefix, reply, refused=True)
-        else:
-            self._answer(visitor, prefix, reply)
+        self._answer(visitor, prefix, reply)
 
-    def _answer(
-        self, visitor: Visitor, prefix: Prefix, reply: bytes, *, refused: bool = False
-    ) -> None:
+    def _answer(self, visitor: Visitor, prefix: Prefix, reply: bytes) -> None:
         """Take the frame off the buffer, with its body and descriptors, and answer it."""
-        if refused and prefix.kind == Kind.REGION_ADD:
-            _close_all(visitor.stray)
-            visitor.stray.clear()
         del visitor.buffer[: PREFIX_SIZE + prefix.header_size]
         visitor.skip = prefix.body_size
+        if prefix.kind == Kind.REGION_ADD or not visitor.buffer:  # else a later frame's, perhaps
+            _close_all(visitor.stray)
+            visitor.stray.clear()
         visitor.woken = False
         self._say(visitor, reply)
 
@@ -434,7 +434,7 @@ class Router:
         self._resume(visitor)
         error = DeadlineError("the deadline passed while the model was being loaded")
         reply = messages.encode_error(error, prefix.request_id)
-        self._answer(visitor, prefix, reply, refused=True)
+        self._answer(visitor, prefix, reply)
         self._progress(visitor)
 
     def _not_ready(self, prefix: Prefix, header: bytes) -> bytes:

@@ -365,6 +365,38 @@ def test_connections_are_limited_and_come_free_again(make_daemon):
         raw.sock.close()
 
 
+def test_a_crowd_that_takes_every_connection_does_not_starve_the_watchdog(make_daemon, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(10)
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "1000000"}
+        daemon = make_daemon({"limits": {"connections_max": 4}}, environment=environment).start()
+        crowd = [daemon.raw() for _ in range(4)]
+        with daemon.raw() as refused:
+            assert isinstance(refused.error(), OverloadedError)
+        systemd.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while systemd.recv(4096):
+                pass
+        systemd.settimeout(10)
+        assert [systemd.recv(4096) for _ in range(2)] == [b"WATCHDOG=1"] * 2
+        assert not daemon.events("probe_failed")
+        for raw in crowd:
+            raw.sock.close()
+
+
+def test_descriptors_that_no_frame_takes_are_not_kept(make_daemon):
+    daemon = make_daemon().start()
+    descriptors = Path(f"/proc/{daemon.process.pid}/fd")
+    frame = messages.encode_document(Kind.SERVER_LIVE, {}, request_id=1)
+    with daemon.raw() as raw, Path(os.devnull).open("rb") as file:
+        raw.ask(frame)
+        before = len(list(descriptors.iterdir()))
+        for _ in range(20):  # eight kept ones would end the connection
+            raw.ask(frame, [file.fileno()])
+        assert len(list(descriptors.iterdir())) == before
+
+
 def test_a_daemon_without_descriptors_left_serves_whom_it_has_and_recovers(make_daemon):
     import resource
 
