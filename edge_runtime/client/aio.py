@@ -30,7 +30,7 @@ import numpy as np
 from edge_runtime.client import codec
 from edge_runtime.client.codec import InferResult
 from edge_runtime.client.memory import Arena, Pool
-from edge_runtime.client.retry import RETRYABLE, RetryPolicy
+from edge_runtime.client.retry import RETRYABLE, RetryPolicy, out_of_time, plain
 from edge_runtime.client.sync import SHARED_MEMORY_MIN_BYTES, WINDOW
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import (
@@ -359,19 +359,20 @@ class AsyncClient:
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline_ns = self._now_ns() + int(timeout_s * 1e9)
         failures = 0
+        before: EdgeError | None = None
         while True:
             remaining_s = (deadline_ns - self._now_ns()) / 1e9
             try:
                 async with asyncio.timeout(remaining_s):
                     return await work(self._connection(model, remaining_s), deadline_ns)
             except TimeoutError as e:
-                raise DeadlineError(
-                    "no answer in time", where=f"{self.path} {model}".strip()
-                ) from e
+                late = DeadlineError("no answer in time", where=f"{self.path} {model}".strip())
+                raise out_of_time(late, before) from (before or e)
             except RETRYABLE as e:
                 remaining_s = (deadline_ns - self._now_ns()) / 1e9
                 await self._sleep(self._retry.delay_s(e, failures, remaining_s, self._rng))
                 failures += 1
+                before = plain(e)
 
     def _connection(self, model: str, timeout_s: float) -> _Connection:
         assert not self._closed, "the client is closed"

@@ -14,10 +14,24 @@ from edge_runtime.errors import (
     EdgeError,
     OverloadedError,
     UnavailableError,
+    from_document,
 )
 
 # What may pass by itself. `infer` has no side effects, so sending it again is always allowed.
 RETRYABLE = (UnavailableError, OverloadedError)
+
+
+def plain(error: EdgeError) -> EdgeError:
+    """The error without its traceback, which would keep the connection's memory alive."""
+    return from_document(error.document())
+
+
+def out_of_time(late: DeadlineError, before: EdgeError | None) -> DeadlineError:
+    """The error of an attempt that got no answer in time, after one that failed with `before`."""
+    if before is None:
+        return late
+    message = f"{late.message}; the attempt before: {before.message}"
+    return DeadlineError(message, where=late.where, remedy=before.remedy)
 
 
 @dataclass(frozen=True)

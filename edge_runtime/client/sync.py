@@ -29,7 +29,7 @@ from edge_runtime.client import codec
 from edge_runtime.client.codec import InferResult
 from edge_runtime.client.connection import Connection, Flight
 from edge_runtime.client.memory import Pool
-from edge_runtime.client.retry import RETRYABLE, RetryPolicy
+from edge_runtime.client.retry import RETRYABLE, RetryPolicy, out_of_time, plain
 from edge_runtime.clock import Clock, SystemClock
 from edge_runtime.errors import DeadlineError, EdgeError, UnavailableError
 from edge_runtime.wire import messages
@@ -267,6 +267,7 @@ class Client:
     ) -> T:
         """Do `work` on the model's connection, again and again while that may help."""
         failures = 0
+        before: EdgeError | None = None
         while True:
             try:
                 channel = self._channels.get(model) or self._channels.setdefault(model, _Channel())
@@ -288,9 +289,14 @@ class Client:
                     raise
                 finally:
                     lock.release()
+            except DeadlineError as e:
+                if before is None:
+                    raise
+                raise out_of_time(e, before) from before
             except RETRYABLE as e:
                 self.pause(e, failures, deadline_ns)
                 failures += 1
+                before = plain(e)
                 timeout_s = (deadline_ns - self._now_ns()) / 1e9
 
     def connect(self, model: str, timeout_s: float) -> Connection:

@@ -203,7 +203,7 @@ def test_an_interrupt_ends_a_load_with_what_there_is(server: Server) -> None:
     assert seen.interrupted
     load = counted(seen)
     assert 0 < load.offered < 3000
-    assert 0.1 < load.duration_s < 20
+    assert 0 < load.duration_s < 20  # a loaded machine may hand out little of the 0.2 s
 
 
 def test_what_is_wrong_with_the_request_is_said_before_the_load(
