@@ -248,6 +248,14 @@ class MemoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = "auto"
 
 
+class MetricsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Figures for Prometheus; `edge-runtime metrics` prints them without a port."""
+
+    port: Annotated[
+        int, _number(0, 65535, "", "GET http://127.0.0.1:PORT/metrics; 0: no port, no network")
+    ] = 0
+
+
 class WatchdogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """When the daemon says to systemd that it is well."""
 
@@ -267,6 +275,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workers: WorkerConfig = WorkerConfig()
     models: dict[str, WorkerConfig] = {}
     watchdog: WatchdogConfig = WatchdogConfig()
+    metrics: MetricsConfig = MetricsConfig()
     services: Annotated[
         tuple[str, ...], _why("reserved: parts to run beside serving; must be empty for now")
     ] = ()
@@ -396,7 +405,7 @@ def _document(data: bytes, where: str) -> Any:
 # --- checking -----------------------------------------------------------------------------------
 
 _SECTIONS = frozenset(
-    {"log", "access", "limits", "store", "memory", "workers", "models", "watchdog"}
+    {"log", "access", "limits", "store", "memory", "workers", "models", "watchdog", "metrics"}
 )
 _UNITS = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB}
 _S = TypeVar("_S", bound=msgspec.Struct)

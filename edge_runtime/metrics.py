@@ -105,7 +105,9 @@ METRICS: dict[str, Metric] = {
         "counter", (), "connections and first requests that the daemon itself refused"
     ),
     "edge_connections_waiting": Metric("gauge", (), "connections that have not named a model yet"),
-    "edge_model_ready": Metric("gauge", ("model",), "1: the model answers; 0: it does not"),
+    "edge_model_ready": Metric(
+        "gauge", ("model",), "1: it answers, or is loaded when asked; 0: neither"
+    ),
     "edge_worker_info": Metric(
         "gauge",
         (*WORKER, "backend_version", "device", "state"),
@@ -146,6 +148,9 @@ METRICS: dict[str, Metric] = {
     ),
     "edge_fallbacks_total": Metric(
         "counter", ("model",), "rollbacks by the daemon, from a version that kept dying"
+    ),
+    "edge_idle_unloads_total": Metric(
+        "counter", ("model",), "unloads of a model that nobody asked or that made room"
     ),
     "edge_restarts_total": Metric("counter", ("model",), "workers started again after a death"),
     "edge_worker_deaths_total": Metric(

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from edge_runtime.daemon import memory
+from edge_runtime.daemon import exposition, memory
 from edge_runtime.errors import EdgeError, NotFoundError, RequestError
+from edge_runtime.metrics import CONTENT_TYPE
 from edge_runtime.serving import page
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ class NameArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
 
 
+class StatusArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`status`: with `buckets`, histograms too, for whoever makes differences of them."""
+
+    buckets: bool = False
+
+
 class NoArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Nothing."""
 
@@ -70,6 +77,8 @@ class Commands:
             "gc": self.gc,
             "models": self.models,
             "ps": self.ps,
+            "status": self.status,
+            "metrics": self.metrics,
             "why": self.why,
             "config": self.config,
         }
@@ -272,6 +281,22 @@ class Commands:
             "uptime_s": (self._daemon.clock.monotonic_ns() - worker.started_ns) / 1e9,
             **_memory(worker.pid),
         }
+
+    async def status(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
+        """The daemon's health, and what each model is, has and did."""
+        arguments = _arguments(given, StatusArguments)
+        daemon, buckets = self._daemon, arguments.buckets
+        document = await exposition.daemon_document(daemon)
+        document["models"] = [
+            await self._model(name) | exposition.model_document(daemon, name, buckets=buckets)
+            for name in daemon.models()
+        ]
+        return document | {"now_ns": daemon.clock.monotonic_ns()}
+
+    async def metrics(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
+        """Everything as Prometheus reads it."""
+        _arguments(given, NoArguments)
+        return {"content_type": CONTENT_TYPE, "text": await exposition.text(self._daemon)}
 
     async def why(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
         """What a model does now and the events that led to it, oldest first."""

@@ -313,10 +313,16 @@ class WorkerProcess:
         return BackendError(f"the worker died during {self.phase}: {death.detail}", where=where)
 
 
+# Told of each worker that has become a process.
+Started = Callable[[WorkerProcess], None]
+
+
 class Template:
     """The process that has one backend imported."""
 
-    def __init__(self, backend: str, reaper: Reaper, events: Events, clock: Clock) -> None:
+    def __init__(
+        self, backend: str, reaper: Reaper, events: Events, clock: Clock, started: Started
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.backend = backend
         self.version = ""
@@ -324,6 +330,7 @@ class Template:
         self.ended: asyncio.Future[Death] = loop.create_future()
         self._reaper = reaper
         self._events = events
+        self._started = started
         self._failure: dict[str, Any] = {}
         self._stopping = False
         self._tokens = 0
@@ -407,6 +414,7 @@ class Template:
             return
         if message.pid:
             worker.forked(message.pid, self._reaper)
+            self._started(worker)
         else:
             worker.not_forked(message.reason)
         order.set_result(None)
@@ -454,9 +462,10 @@ class Template:
 class Templates:
     """One template per backend, made when first needed and again after it died."""
 
-    def __init__(self, reaper: Reaper, events: Events, clock: Clock) -> None:
+    def __init__(self, reaper: Reaper, events: Events, clock: Clock, started: Started) -> None:
         self._reaper = reaper
         self._events = events
+        self._started = started
         self._clock = clock
         self._templates: dict[str, Template] = {}
 
@@ -464,7 +473,7 @@ class Templates:
         """The living template of a backend; started now if there is none."""
         template = self._templates.get(backend)
         if template is None or not template.alive:
-            template = Template(backend, self._reaper, self._events, self._clock)
+            template = Template(backend, self._reaper, self._events, self._clock, self._started)
             self._templates[backend] = template
         return template
 

@@ -26,6 +26,7 @@ from edge_runtime.daemon.deployment import Deployment
 from edge_runtime.daemon.processes import Reaper, Templates, WorkerProcess
 from edge_runtime.daemon.router import Router
 from edge_runtime.daemon.shelf import Shelf
+from edge_runtime.daemon.statistics import Statistics
 from edge_runtime.errors import EdgeError, NoMemoryError, NotFoundError, UnavailableError
 from edge_runtime.events import Events, Level, LevelSink, RingSink, TeeSink, sink_for
 from edge_runtime.files import SystemFiles
@@ -60,7 +61,8 @@ class Supervisor:
         self.started_ns = clock.monotonic_ns()
         self.ring = RingSink(config.limits.history_events_max)
         log = LevelSink(sink_for(sys.stderr, os.environ, config.log.format), config.log.level)
-        self.events = Events(TeeSink([self.ring, log]), clock)
+        self.statistics = Statistics(self.started_ns)
+        self.events = Events(TeeSink([self.ring, self.statistics, log]), clock)
         self._state_dir = state_dir
         self._run_dir = run_dir
         self._deployments: dict[str, Deployment] = {}
@@ -92,7 +94,7 @@ class Supervisor:
         store = self._open_store()
         try:
             self.shelf = Shelf(store)
-            self.templates = Templates(reaper, self.events, self.clock)
+            self.templates = Templates(reaper, self.events, self.clock, self.statistics.watch)
             self.router = Router(self, self.config, self.events, self.clock)
             # Before anybody can ask: whoever started us by connecting must find the model known.
             for name in await self.shelf.call(lambda opened: opened.models()):
@@ -100,6 +102,7 @@ class Supervisor:
             control = self._listen()
             async with contextlib.AsyncExitStack() as stack:
                 stack.push_async_callback(self._close, control)
+                await self._open_metrics_port(stack)
                 tasks = [loop.create_task(self._check_workers())]
                 tasks.append(loop.create_task(self._feed_watchdog()))
                 stack.callback(lambda: [task.cancel() for task in tasks])
@@ -150,6 +153,22 @@ class Supervisor:
             self.events,
         )
 
+    async def _open_metrics_port(self, stack: contextlib.AsyncExitStack) -> None:
+        """Where Prometheus may ask, if it was configured; serving does not depend on it."""
+        port = self.config.metrics.port
+        if not port:
+            return
+        from edge_runtime.daemon import exposition, scrape
+
+        server = scrape.ScrapeServer(lambda: exposition.text(self))
+        try:
+            await server.start(port)
+        except EdgeError as error:
+            self.events.emit("metrics_port_failed", str(error), level="error", port=port)
+            return
+        stack.callback(server.close)
+        self.events.emit("metrics_port_open", f"metrics on {scrape.HOST}:{port}", port=port)
+
     async def _resume(self) -> None:
         """Start every model that was active; told to stop meanwhile, leave them to their end."""
         waiting = [asyncio.ensure_future(one.resume()) for one in self._deployments.values()]
@@ -182,6 +201,7 @@ class Supervisor:
     async def _check_workers(self) -> None:
         while True:
             await asyncio.sleep(HANG_CHECK_S)
+            self.statistics.look(self.clock.monotonic_ns())
             oom_kills = memory.oom_kills()
             for deployment in self._deployments.values():
                 deployment.check(oom_kills)
@@ -256,6 +276,7 @@ class Supervisor:
         left = await self.shelf.call(lambda store: store.models())
         for name in self._deployments.keys() - set(left):
             del self._deployments[name]
+            self.statistics.forget(name)
             self.router.unlisten(name)
 
     def deployment(self, name: str) -> Deployment:
