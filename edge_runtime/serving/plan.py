@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
+# What models use as indices, sizes and conditions. A library checks such a value and then uses it:
+# in memory that a client can change in between, it would read and write beyond its tensors, where
+# the bytes of other clients are. The model gets its own copy of these.
+STEERING = frozenset({"BOOL", "INT16", "INT32", "INT64", "UINT16", "UINT32", "UINT64"})
 ALIGNMENT = 64  # a cache line, and what vector loads of every runtime like best
 RESPONSE_KIND = Kind.INFER | frames.RESPONSE
 _serials = itertools.count()
@@ -105,6 +109,8 @@ class Plan:
         self.body_size = body_size
         self.static = _is_static(inputs, outputs)
         self.slot_bytes = body_size + sum(o.byte_size for o in outputs if o.region is None)
+        self.slot_bytes += sum(_copy_size(one) for one in inputs)
+        self.slot_bytes += sum(_copy_size(one) for one in outputs)
         self.free: list[Slot] | deque[Slot] = []
         self.rows = 1
         places = [one.region for one in self.inputs] + [one.region for one in self.outputs]
@@ -333,8 +339,13 @@ def aligned_array(shape: tuple[int, ...], datatype: str) -> Array:
 
 
 def _batch_key(plan: Plan) -> tuple[object, ...] | None:
-    """What requests share that can run together; None: a tensor has no rows, or is not bound."""
+    """What requests share that can run together; None: a tensor has no rows, or is not bound.
+
+    Truth values have to be made 0 or 1 first (`_guarded`), which a batch does not do.
+    """
     if not plan.static or not plan.inputs:
+        return None
+    if any(given.spec.datatype == "BOOL" for given in plan.inputs):
         return None
     tensors_rows = [given.shape[:1] for given in plan.inputs]
     tensors_rows += [(output.shape or ())[:1] for output in plan.outputs]
@@ -444,7 +455,7 @@ def _bound(slot: Slot, memory: Array) -> Callable[[], memoryview]:
                 output.region.memory, output.spec, shape, output.offset
             )
     inputs = _input_arrays(plan, memory.data)
-    run = plan.model.bind(inputs, outputs)
+    run = _guarded(plan, inputs, outputs)
     slot.frame = view
     slot.inputs = list(inputs.values())
     slot.outputs = [array for array in outputs.values() if array is not None]
@@ -454,6 +465,49 @@ def _bound(slot: Slot, memory: Array) -> Callable[[], memoryview]:
         return view
 
     return respond
+
+
+def _guarded(
+    plan: Plan, inputs: dict[str, Array], outputs: dict[str, Array | None]
+) -> Callable[[], object]:
+    """Bind the model to these tensors, or to copies where a client could mislead it.
+
+    A truth value may only be 0 or 1: of others, libraries count more than there are, and answer
+    with memory that they never wrote.
+    """
+    own_inputs = {one.spec.name: _copy(one) for one in plan.inputs if _copy_size(one)}
+    own_outputs = {one.spec.name: _copy(one) for one in plan.outputs if _copy_size(one)}
+    bound = inputs | own_inputs
+    truths = [bound[one.spec.name] for one in plan.inputs if one.spec.datatype == "BOOL"]
+    truths = [array.view(np.uint8) for array in truths]
+    run = plan.model.bind(bound, outputs | own_outputs)
+    if not own_inputs and not own_outputs and not truths:
+        return run
+
+    def run_guarded() -> None:
+        for name, array in own_inputs.items():
+            array[...] = inputs[name]
+        for array in truths:
+            np.minimum(array, 1, out=array)
+        run()
+        for name, array in own_outputs.items():
+            target = outputs[name]
+            assert target is not None
+            target[...] = array
+
+    return run_guarded
+
+
+def _copy_size(one: Input | Output) -> int:
+    """Bytes of the model's own copy of a tensor in shared memory; 0: it is used in place."""
+    if one.region is None or one.shape is None or one.spec.datatype not in STEERING:
+        return 0
+    return tensors.byte_size(one.spec.datatype, one.shape)
+
+
+def _copy(one: Input | Output) -> Array:
+    assert one.shape is not None
+    return aligned_array(one.shape, one.spec.datatype)
 
 
 def _unbound(plan: Plan, memory: Array) -> Callable[[], memoryview]:
@@ -466,7 +520,9 @@ def _unbound(plan: Plan, memory: Array) -> Callable[[], memoryview]:
             source = body if given.region is None else given.region.memory
             data = source[given.offset : given.offset + given.byte_size]
             if given.spec.datatype != "BYTES":
-                data = memoryview(bytes(data))  # moves it to an aligned place
+                data = memoryview(bytes(data))  # moves it to an aligned place of our own
+            if given.spec.datatype == "BOOL":
+                data = np.minimum(np.frombuffer(data, np.uint8), 1).data
             arrays[given.spec.name] = tensors.from_bytes(data, given.spec.datatype, given.shape)
         results = plan.model.run(arrays)
         return _assemble(plan, results)

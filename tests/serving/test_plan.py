@@ -284,6 +284,62 @@ def test_tensors_in_regions_are_read_and_written_in_place_aligned_or_not(offset:
     assert not any(shared[7].memory[offset + 24 : offset + 100])
 
 
+def test_an_index_that_a_client_changes_during_a_run_is_not_seen() -> None:
+    ids = TensorSpec("ids", "INT64", (2,))
+    last = TensorSpec("last", "INT64", (2,))
+    shared = region()
+    place = np.frombuffer(shared.memory, np.int64, 2, 64)
+    seen: list[list[int]] = []
+
+    def look_twice(inputs: Mapping[str, Any]) -> dict[str, Any]:
+        seen.append(inputs["ids"].tolist())
+        shared.memory[64:80] = np.array([1 << 40, -1]).tobytes()  # the client, meanwhile
+        seen.append(inputs["ids"].tolist())
+        return {"last": inputs["ids"]}
+
+    model = NumpyModel(look_twice, (ids,), (last,))
+    where = {"shared_memory_region": 0, "shared_memory_offset": 64, "shared_memory_byte_size": 16}
+    wanted = RequestedOutput("last", TensorParameters(**where | {"shared_memory_offset": 128}))
+    given = request(header("ids", "INT64", (2,), **where), outputs=(wanted,))
+    made = planner(model, None).plan(given, {0: shared})
+    assert made.static and made.slot_bytes == 32, "both tensors have a copy"
+    slot = plan.Slot(made)
+    for values in ([1, 2], [3, 4]):
+        shared.memory[64:80] = np.array(values).tobytes()
+        seen.clear()
+        respond(slot)
+        assert seen == [values, values]
+        assert np.frombuffer(shared.memory, np.int64, 2, 128).tolist() == values
+    assert place.tolist() == [1 << 40, -1], "the client's bytes stay as they are"
+
+
+@pytest.mark.parametrize("in_region", [False, True])
+@pytest.mark.parametrize("free", [frozenset(), frozenset({"sum"})])
+def test_truth_values_are_0_or_1_for_the_model_whatever_a_client_sends(
+    free: frozenset[str], in_region: bool
+) -> None:
+    mask = TensorSpec("mask", "BOOL", (-1, 4))
+    total = TensorSpec("sum", "INT64", (-1, 1))
+
+    def count(inputs: Mapping[str, Any]) -> dict[str, Any]:  # as a library does that trusts them
+        values = inputs["mask"].view(np.uint8).astype(np.int64)
+        return {"sum": values.sum(axis=1, keepdims=True)}
+
+    made = plan.Planner(
+        NumpyModel(count, (mask,), (total,)), "m", 3, 0, (mask,), (total,), free, 64
+    )
+    sent, shared = bytes([0, 1, 2, 255]), region()
+    place = {"shared_memory_region": 0, "shared_memory_byte_size": 4}
+    given = header("mask", "BOOL", (1, 4), **place if in_region else {"binary_data_size": 4})
+    one = made.plan(request(given), {0: shared})
+    assert one.static is not bool(free) and one.batch_key is None
+    slot = plan.Slot(one)
+    for _ in range(2):
+        (shared.memory[:4] if in_region else slot.body)[:] = sent
+        assert respond(slot)[1] == np.array([3]).tobytes()
+    assert not in_region or bytes(shared.memory[:4]) == sent
+
+
 @pytest.mark.parametrize(
     ("rows", "names", "static"),
     [
