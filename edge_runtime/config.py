@@ -252,7 +252,7 @@ class MetricsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Figures for Prometheus; `edge-runtime metrics` prints them without a port."""
 
     port: Annotated[
-        int, _number(0, 65535, "", "GET http://127.0.0.1:PORT/metrics; 0: no port, no network")
+        int, _number(0, 65535, "port", "GET http://127.0.0.1:PORT/metrics; 0: no port, no network")
     ] = 0
 
 

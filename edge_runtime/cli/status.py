@@ -1,4 +1,4 @@
-"""Commands that look: models, ps, why, ready, version.
+"""Commands that look: status, models, ps, why, ready, metrics, version.
 
 Law of this file: it asks and prints; nothing here changes what serves. With `--json` the answer is
 printed as it came.
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: Any) -> None:
     """Add the parsers of this file's commands."""
+    subparsers.add_parser("status").set_defaults(handler=_status)
+    metrics = subparsers.add_parser("metrics", description="Everything, as Prometheus reads it.")
+    metrics.set_defaults(handler=_metrics)
     subparsers.add_parser("models").set_defaults(handler=_models)
     subparsers.add_parser("ps").set_defaults(handler=_ps)
     subparsers.add_parser("version").set_defaults(handler=_version)
@@ -37,6 +40,19 @@ def add_parser(subparsers: Any) -> None:
         parser.add_argument("name", metavar="NAME")
     for parser in subparsers.choices.values():
         args.add_global(parser)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from edge_runtime.cli import overview
+
+    reply = call(arguments, "status")
+    columns = output.terminal_columns(sys.stdout)
+    return _answer(arguments, reply, lambda: overview.text(reply, columns))
+
+
+def _metrics(arguments: argparse.Namespace) -> int:
+    reply = call(arguments, "metrics")
+    return _answer(arguments, reply, lambda: str(reply["text"]).rstrip("\n"))
 
 
 def _models(arguments: argparse.Namespace) -> int:

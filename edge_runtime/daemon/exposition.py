@@ -1,7 +1,7 @@
 """The daemon's figures as one document (`status`) and as Prometheus text (`metrics`).
 
 Law of this file: it asks every part for its figures and arranges them; it keeps nothing and counts
-nothing. Keys of the document are in docs/protocol.md, names of metrics in `metrics.METRICS`.
+nothing. Keys of the document are in docs/metrics.md, names of metrics in `metrics.METRICS`.
 """
 
 from __future__ import annotations
