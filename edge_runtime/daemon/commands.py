@@ -275,7 +275,7 @@ class Commands:
             "cache_hits": status[page.CACHE_HITS],
             "cache_misses": status[page.CACHE_MISSES],
             "runners": worker.report.runners if worker.report else 0,
-            "batch_rows_max": worker.report.batch_rows_max if worker.report else 1,
+            "batch_rows_max": status[page.BATCH_ROWS_MAX] or 1,
             "batch_reason": worker.report.batch_reason if worker.report else "",
             "sandbox": worker.report.sandbox if worker.report else [],
             "uptime_s": (self._daemon.clock.monotonic_ns() - worker.started_ns) / 1e9,

@@ -47,7 +47,7 @@ class Connection:
         "stalled_since_ns",
         "start",
         "stray",
-        "turn",
+        "turns",
         "view",
     )
 
@@ -65,7 +65,7 @@ class Connection:
         self.plans: dict[bytes, Plan] = {}  # of headers that name regions
         self.receiving: Request | None = None  # a large body on its way into its slot
         self.skip = 0  # body bytes still to be thrown away
-        self.turn = 0  # of its newest request in the queue
+        self.turns: dict[int, int] = {}  # by priority: that of its newest request in line
         self.in_flight = 0  # admitted, not yet answered
         self.outbox: deque[tuple[memoryview, Slot | None]] = (
             deque()

@@ -28,6 +28,7 @@ BATCHES = 8  # runs of more than one request
 BATCHED = 9  # requests in them
 CACHE_HITS = 10
 CACHE_MISSES = 11
+BATCH_ROWS_MAX = 12  # rows of a batch at most, now: less than at load when batches failed
 INVALID = 13  # of ERRORS: the client's mistake
 FAILED = 14  # of ERRORS: the model, its library, or we
 CANCELLED = 15  # the client left before its answer

@@ -208,10 +208,10 @@ def _batching(model: Model, spec: WorkerSpec) -> Choice:
     """How many rows a batch may have: as configured, or as measured."""
     if spec.batch_axis != 0 or spec.batch_rows_max in (0, 1):
         return Choice(1, "the model declares no batch axis 0" if spec.batch_axis != 0 else "off")
-    inputs = goldens.inputs_of(spec.goldens[0]) if spec.goldens else zeros(spec.inputs)
-    rtol, atol = spec.rtol, spec.atol
-    asked = spec.batch_rows_max
-    return batching.measure(model, inputs, rtol, atol, monotonic_ns, asked if asked > 0 else 0)
+    recorded = spec.goldens[: batching.REPEATS]
+    samples = [goldens.inputs_of(pair) for pair in recorded] or [zeros(spec.inputs)]
+    asked = max(spec.batch_rows_max, 0)
+    return batching.measure(model, samples, spec.rtol, spec.atol, monotonic_ns, asked)
 
 
 def _ms_since(began_ns: int) -> float:

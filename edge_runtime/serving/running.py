@@ -10,6 +10,7 @@ import os
 import threading
 from collections import deque
 from queue import SimpleQueue
+from typing import NamedTuple
 
 from edge_runtime.clock import monotonic_ns as _monotonic_ns
 from edge_runtime.errors import EdgeError, InternalError, OverloadedError
@@ -59,12 +60,26 @@ class Request:
         self.cache_key: tuple[int, bytes] | None = None
 
 
-# (-priority, turn, order, request)
-Waiting = tuple[int, int, int, Request]
 # The answer's frame or the error.
 Outcome = tuple[memoryview | None, EdgeError | None]
-# Requests of one run, their batch, their outcomes, the run's nanoseconds, when it began.
-Done = tuple[list[Request], Batch | None, list[Outcome], int, int]
+
+
+class Done(NamedTuple):
+    """A run that ended.
+
+    Attributes:
+        batch: the memory it was given, free again; None: none.
+        together: the requests ran as one; false although there is a batch: the batch failed.
+        began_ns: CLOCK_MONOTONIC.
+        run_ns: all of it.
+    """
+
+    requests: list[Request]
+    outcomes: list[Outcome]
+    batch: Batch | None
+    together: bool
+    began_ns: int
+    run_ns: int
 
 
 class Runners:
@@ -105,31 +120,42 @@ class Runners:
 
     def _run_one(self, word: int, requests: list[Request], batch: Batch | None) -> None:
         """A call of its own: a resting runner must not hold its last request's memory."""
-        self._status[word] = began_ns = _monotonic_ns()
-        outcomes = execute(requests, batch)
-        self._status[word] = 0
-        self._done.append((requests, batch, outcomes, _monotonic_ns() - began_ns, began_ns))
+        self._done.append(execute(requests, batch, self._status, word))
         os.eventfd_write(self.wake_fd, 1)
 
 
-def execute(requests: list[Request], batch: Batch | None) -> list[Outcome]:
+def execute(requests: list[Request], batch: Batch | None, status: memoryview, word: int) -> Done:
     """Run requests, as one batch or one by one; a batch that fails is run one by one, so that a
     request which the model cannot take fails alone. Never raises.
+
+    Args:
+        status, word: where the page tells when the model was called, each time anew: a hang is a
+            call that does not return, not many that do.
     """
     slots = [request.slot for request in requests if request.slot is not None]
-    if batch is not None:
-        try:
-            batch.run(slots)
-            return [(slot.frame, None) for slot in slots]
-        except Exception:  # noqa: BLE001, S110 - each request gets its own verdict below
-            pass
+    began_ns = _monotonic_ns()
+    together = batch is not None and _run_together(batch, slots, status, word)
     outcomes: list[Outcome] = []
     for slot in slots:
+        if together:
+            outcomes.append((slot.frame, None))
+            continue
+        status[word] = _monotonic_ns()
         try:
             outcomes.append((slot.respond(), None))
         except Exception as failure:  # noqa: BLE001 - a worker must live; the client is told
             outcomes.append((None, edge_error(failure)))
-    return outcomes
+    status[word] = 0
+    return Done(requests, outcomes, batch, together, began_ns, _monotonic_ns() - began_ns)
+
+
+def _run_together(batch: Batch, slots: list[Slot], status: memoryview, word: int) -> bool:
+    status[word] = _monotonic_ns()
+    try:
+        batch.run(slots)
+    except Exception:  # noqa: BLE001 - each request then gets its own verdict
+        return False
+    return True
 
 
 def edge_error(failure: Exception) -> EdgeError:

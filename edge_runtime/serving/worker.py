@@ -6,14 +6,13 @@ connection holds is `connection`'s; how the process came to be is `process`'s. N
 except `epoll.poll` and, for models without runners, the model itself. If this process dies, its
 connections close and nobody else notices.
 
-A turn: wait, read what is readable, admit it (or refuse it at once), run one, answer. Small models
-run in this thread; slower ones in a few runner threads, so that reading and refusing go on
-meanwhile.
+A turn: wait, read what is readable, admit it (or refuse it at once), run one or one batch, answer.
+Small models run in this thread; slower ones in a few runner threads, so that reading and refusing
+go on meanwhile. Who is next is `waiting`'s, what can run together `batching`'s.
 """
 
 from __future__ import annotations
 
-import heapq
 import os
 import select
 import socket
@@ -28,19 +27,13 @@ from edge_runtime.errors import (
     TooLargeError,
 )
 from edge_runtime.serving import batching, channel, connection, page
-from edge_runtime.serving.batching import Batch
+from edge_runtime.serving.batching import Batches
 from edge_runtime.serving.cache import ResponseCache
 from edge_runtime.serving.connection import Connection
 from edge_runtime.serving.plan import Plan, Planner, Slot
-from edge_runtime.serving.running import (
-    Outcome,
-    Request,
-    Runners,
-    Waiting,
-    edge_error,
-    execute,
-)
+from edge_runtime.serving.running import Done, Request, Runners, edge_error, execute
 from edge_runtime.serving.spec import WorkerSpec
+from edge_runtime.serving.waiting import Line
 from edge_runtime.wire import frames, messages
 from edge_runtime.wire.frames import HEADER_SIZE_MAX, MAGIC, PREFIX, PREFIX_SIZE, VERSION, Kind
 
@@ -53,8 +46,6 @@ IDLE_SLOT_BYTES_MAX = 32 * 1024 * 1024
 # this.
 STALL_S_MAX = 30.0
 SWEEP_S = 1.0
-# Batch memories for distinct shapes; clients of one model use one or two.
-BATCH_KEYS_MAX = 8
 # Descriptors that came with frames which take none: a client that goes on sending them is broken.
 STRAY_MAX = 8
 # Where an error is counted, by its code; any other: FAILED.
@@ -87,8 +78,8 @@ class Worker:
         self._spec = spec
         self._rows_max = batch_rows_max
         self._window_ns = round(spec.batch_window_ms * 1e6) if batch_rows_max > 1 else 0
-        self._hold_until_ns = 0  # a batch is being waited for until then
-        self._batches: dict[tuple[object, ...], list[Batch]] = {}
+        self._hold_until_ns = 0  # a batch is being waited for until then; 0: none
+        self._batches = Batches()
         self._cache = ResponseCache(spec.cache_bytes_max) if spec.cache_bytes_max else None
         self._planner = planner
         self._control = control
@@ -96,12 +87,12 @@ class Worker:
         self._limits = spec.limits
         self._plans: dict[bytes, Plan] = {}
         self._connections: dict[int, Connection] = {}
-        self._pending: list[Waiting] = []  # a heap
-        self._order = 0
-        self._turn = 0  # of the request run last: where newcomers begin
+        self._line = Line(spec.limits.priority_max)
+        self._pending = self._line.entries
         self._slot_bytes_used = 0
         self._slot_bytes_made = 0  # used, at rest, or dropped since the last trim
-        self._run_ns_mean = 0.0  # of recent runs: what retry_after_s is made of
+        self._run_ns_mean = 0.0  # a request, of recent runs: what retry_after_s is made of
+        self._turn_ns_mean = 0.0  # a run of one or a batch: what is left of a deadline must hold it
         self._epoll = select.epoll()
         self._epoll.register(control.fileno(), select.EPOLLIN)
         self._sweep_at_ns = 0
@@ -113,6 +104,7 @@ class Worker:
         if self._runners:
             self._epoll.register(self._runners.wake_fd, select.EPOLLIN)
         self._version = str(spec.version)
+        status[page.BATCH_ROWS_MAX] = batch_rows_max
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -149,71 +141,58 @@ class Worker:
         if self._window_ns and self._holds():
             return
         if self._runners is None:
-            request = self._next()
+            request = self._line.pop()
+            self._status[page.WAITING] = len(self._pending)
             if request.deadline_ns and self._expired(request):
                 return
             if self._pending and request.plan.batch_key is not None:
                 requests = self._gather(request, self._rows_max)
                 if len(requests) > 1:
-                    self._run_batch_inline(requests)
+                    batch = self._batches.take(request.plan, self._rows_max)
+                    self._finish_run(execute(requests, batch, self._status, page.RUN_BEGAN))
                     return
             self._run_inline(request)
             return
         while self._pending and self._runners.idle:
-            request = self._next()
+            request = self._line.pop()
+            self._status[page.WAITING] = len(self._pending)
             if request.deadline_ns and self._expired(request):
                 continue
-            requests = [request]
+            requests, batch = [request], None
             if self._pending and request.plan.batch_key is not None:
                 # Idle runners share what waits: one long batch beside an idle core helps nobody.
                 share = -(-(len(self._pending) + 1) // self._runners.idle)
                 requests = self._gather(request, min(share * request.plan.rows, self._rows_max))
-            self._runners.start(requests, self._batch_for(requests))
-
-    def _next(self) -> Request:
-        """The request whose turn it is."""
-        _, self._turn, _, request = heapq.heappop(self._pending)
-        self._status[page.WAITING] = len(self._pending)
-        return request
+                if len(requests) > 1:
+                    batch = self._batches.take(request.plan, self._rows_max)
+            self._runners.start(requests, batch)
 
     def _gather(self, first: Request, rows_max: int) -> list[Request]:
-        """`first` and those behind it that fit into one batch with it."""
-        key, rows = first.plan.batch_key, first.plan.rows
-        rows_max = batching.capacity(first.plan, rows_max)
-        requests = [first]
-        while self._pending:
-            candidate = self._pending[0][3]
-            if candidate.plan.batch_key != key or rows + candidate.plan.rows > rows_max:
-                break
-            self._next()
-            if not (candidate.deadline_ns and self._expired(candidate)):
-                requests.append(candidate)
-                rows += candidate.plan.rows
-        return requests
+        """`first` and those behind it that run in one batch with it."""
+        alike = self._line.pop_alike(first, batching.capacity(first.plan, rows_max))
+        self._status[page.WAITING] = len(self._pending)
+        return [first] + [one for one in alike if not (one.deadline_ns and self._expired(one))]
 
     def _holds(self) -> bool:
-        """Whether to go on waiting for a fuller batch: never past the window or a deadline."""
-        first = self._pending[0][3]
-        key = first.plan.batch_key
-        alike = [entry[3] for entry in self._pending if entry[3].plan.batch_key == key]
-        if key is None or sum(request.plan.rows for request in alike) >= self._rows_max:
+        """Whether to go on waiting for a fuller batch."""
+        self._hold_until_ns = 0
+        if self._runners is not None and not self._runners.idle:
+            return False  # what waits for a runner waits for company anyway
+        if self._draining is not None or len(self._pending) >= self._limits.queue_requests_max:
             return False
-        until_ns = min(request.read_ns for request in alike) + self._window_ns
-        deadlines_ns = [request.deadline_ns for request in alike if request.deadline_ns]
-        if deadlines_ns:  # and it must still be run before the first of them
-            until_ns = min(until_ns, min(deadlines_ns) - 2 * round(self._run_ns_mean))
-        if _monotonic_ns() >= until_ns:
-            self._hold_until_ns = 0
+        until_ns = self._line.hold_until_ns(
+            self._rows_max, self._window_ns, round(self._turn_ns_mean)
+        )
+        if until_ns <= _monotonic_ns():
             return False
         self._hold_until_ns = until_ns
         return True
 
     def _wait_s(self) -> float:
-        """How long the loop may sleep."""
-        if not self._pending:
-            return SWEEP_S
+        """How long `epoll` may sleep while requests wait; what is left of a hold is slept here."""
         if self._hold_until_ns:
-            return max(self._hold_until_ns - _monotonic_ns(), 0) / 1e9
+            _doze(self._epoll.fileno(), max(self._hold_until_ns - _monotonic_ns(), 0) / 1e9)
+            return 0
         return SWEEP_S if self._runners else 0
 
     def _sweep(self, now_ns: int) -> None:
@@ -224,6 +203,7 @@ class Worker:
             if 0 < owner.stalled_since_ns < limit_ns:
                 self._close(owner)
         self._trim()
+        self._batches.trim(IDLE_SLOT_BYTES_MAX)
 
     def _trim(self) -> None:
         """Give the memory of slots at rest back, when it is much."""
@@ -395,11 +375,14 @@ class Worker:
                 expected=f"<= {limits.queue_bytes_max}",
                 remedy="pass large tensors by shared memory (REGION_ADD)",
             )
-        elif self._slot_bytes_used + plan.slot_bytes > limits.queue_bytes_max or (
-            len(self._pending) >= limits.queue_requests_max and not self._make_room(owner, priority)
+        elif (
+            self._slot_bytes_used + plan.slot_bytes > limits.queue_bytes_max
+            and not self._make_room(owner, priority, plan.slot_bytes)
         ):
             error = self._overloaded()
         else:
+            if owner.leaving:  # it closed when an older request of its own made way
+                return None
             try:
                 slot = plan.free.pop() if plan.free else self._new_slot(plan)
                 self._slot_bytes_used += plan.slot_bytes
@@ -408,6 +391,13 @@ class Worker:
                 error = edge_error(failure)
         self._refuse(owner, error, request_id, body_at, body_size)
         return None
+
+    def _make_room(self, owner: Connection, priority: int, size_bytes: int) -> bool:
+        """Have requests behind the newcomer refused, if that gives it so many bytes."""
+        excess = self._slot_bytes_used + size_bytes - self._limits.queue_bytes_max
+        going = self._line.must_go(owner, priority, excess)
+        self._send_away(going)
+        return bool(going)
 
     def _new_slot(self, plan: Plan) -> Slot:
         self._trim()
@@ -533,48 +523,44 @@ class Worker:
     # -- running -----------------------------------------------------------------------------------
 
     def _admit(self, request: Request) -> None:
-        """Queue a request whose tensors are here, or answer it from the cache.
+        """A request whose tensors are here waits for its turn, or is answered from the cache.
 
-        Within a priority, connections take turns (start-time fair queueing: Goyal, Vin and Cheng,
-        SIGCOMM 1996, with every request of weight one), so one that pipelines many requests does
-        not push those of others back.
+        When the queue is full, whoever is last in line then is refused.
         """
         if self._cache is not None and self._answer_from_cache(self._cache, request):
             return
         owner = request.connection
         owner.in_flight += 1
-        owner.turn = turn = (owner.turn if owner.turn > self._turn else self._turn) + 1
-        self._order += 1
-        priority = min(request.priority, self._limits.priority_max)
-        heapq.heappush(self._pending, (-priority, turn, self._order, request))
+        self._line.put(request)
+        if len(self._pending) > self._limits.queue_requests_max:
+            self._send_away([self._line.last()])
 
-    def _make_room(self, owner: Connection, priority: int) -> bool:
-        """When the queue is full: refuse the last in line, if the newcomer's turn is before it."""
-        turn = max(owner.turn, self._turn) + 1
-        last = max(self._pending, default=None)
-        if last is None or (-min(priority, self._limits.priority_max), turn) >= last[:2]:
-            return False
-        self._pending.remove(last)
-        heapq.heapify(self._pending)
-        loser = last[3].connection
-        loser.in_flight -= 1
-        self._release(last[3].slot)
+    def _send_away(self, requests: list[Request]) -> None:
+        """Refuse requests that were waiting."""
+        self._line.remove(requests)
+        for request in requests:
+            owner = request.connection
+            owner.in_flight -= 1
+            self._release(request.slot)
+            self._refused(owner, request.request_id)
+            if owner.leaving and not owner.in_flight:
+                self._give_back(owner)
+
+    def _refused(self, owner: Connection, request_id: int) -> None:
         self._status[page.REFUSED] += 1
-        self._answer_error(loser, last[3].request_id, self._overloaded())
-        if loser.leaving and not loser.in_flight:
-            self._give_back(loser)
-        return True
+        self._answer_error(owner, request_id, self._overloaded())
 
     def _answer_from_cache(self, cache: ResponseCache, request: Request) -> bool:
         slot = request.slot
         assert slot is not None
         if not request.plan.cacheable:
             return False
-        request.cache_key = cache.key(request.plan.serial, slot.body)
-        answer = cache.get(request.cache_key)
+        key = cache.key(request.plan.serial, slot.body)
+        answer = cache.get(key)
         self._status[page.CACHE_HITS] = cache.hits
         self._status[page.CACHE_MISSES] = cache.misses
         if answer is None:
+            request.cache_key = key
             return False
         request.connection.in_flight += 1
         self._finish(request, memoryview(bytearray(answer)), None)
@@ -588,8 +574,7 @@ class Worker:
         return True
 
     def _run_inline(self, request: Request) -> None:
-        if request.deadline_ns and self._expired(request):
-            return
+        """`execute` of one request, without its detours: the hot path."""
         status = self._status
         assert request.slot is not None
         status[page.RUN_BEGAN] = began_ns = _monotonic_ns()
@@ -605,55 +590,32 @@ class Worker:
         page.observe(status, page.COMPUTE, run_ns)
         self._finish(request, response, error, run_ns, began_ns)
 
-    def _run_batch_inline(self, requests: list[Request]) -> None:
-        status = self._status
-        status[page.RUN_BEGAN] = began_ns = _monotonic_ns()
-        batch = self._batch_for(requests)
-        outcomes = execute(requests, batch)
-        status[page.RUN_BEGAN] = 0
-        self._finish_run(requests, batch, outcomes, _monotonic_ns() - began_ns, began_ns)
-
-    def _batch_for(self, requests: list[Request]) -> Batch | None:
-        """Memory for these requests as one batch; None: they run one by one."""
-        if len(requests) == 1:
-            return None
-        plan = requests[0].plan
-        assert plan.batch_key is not None
-        resting = self._batches.get(plan.batch_key)
-        if resting is None:
-            if len(self._batches) >= BATCH_KEYS_MAX:
-                self._batches.pop(next(iter(self._batches)))
-            resting = self._batches[plan.batch_key] = []
-        try:
-            rows_max = batching.capacity(plan, self._rows_max)
-            return resting.pop() if resting else Batch(plan, rows_max)
-        except MemoryError:
-            return None
-
-    def _finish_run(
-        self,
-        requests: list[Request],
-        batch: Batch | None,
-        outcomes: list[Outcome],
-        run_ns: int,
-        began_ns: int,
-    ) -> None:
+    def _finish_run(self, done: Done) -> None:
         """Answer the requests of one run."""
-        page.observe(self._status, page.COMPUTE, run_ns)
+        requests, batch = done.requests, done.batch
+        page.observe(self._status, page.COMPUTE, done.run_ns)
+        self._turn_ns_mean += (done.run_ns - self._turn_ns_mean) * 0.1
         if batch is not None:
-            self._status[page.BATCHES] += 1
-            self._status[page.BATCHED] += len(requests)
-            key = requests[0].plan.batch_key
-            if key is not None and key in self._batches:
-                self._batches[key].append(batch)
-        share_ns = max(run_ns // len(requests), 1)
-        for request, (response, error) in zip(requests, outcomes, strict=True):
-            self._finish(request, response, error, share_ns, began_ns)
+            self._batches.give(requests[0].plan, batch)
+            if done.together:
+                self._status[page.BATCHES] += 1
+                self._status[page.BATCHED] += len(requests)
+            elif all(error is None for _, error in done.outcomes):
+                self._batch_failed(requests)
+        share_ns = max(done.run_ns // len(requests), 1)
+        for request, (response, error) in zip(requests, done.outcomes, strict=True):
+            self._finish(request, response, error, share_ns, done.began_ns)
+
+    def _batch_failed(self, requests: list[Request]) -> None:
+        """Each of them ran alone, but not together: so many rows are too many."""
+        rows = sum(request.plan.rows for request in requests)
+        self._rows_max = max(min(self._rows_max, rows // 2), 1)
+        self._status[page.BATCH_ROWS_MAX] = self._rows_max
 
     def _collect(self) -> None:
         assert self._runners is not None
         for done in self._runners.finished():
-            self._finish_run(*done)
+            self._finish_run(done)
 
     def _finish(
         self,
@@ -676,7 +638,7 @@ class Worker:
             self._release(slot)  # the client left meanwhile
         elif response is not None:
             status[page.REQUESTS] += 1
-            if request.cache_key is not None and run_ns and self._cache is not None:
+            if request.cache_key is not None and self._cache is not None:
                 self._cache.put(request.cache_key, response)
             request_ns = _monotonic_ns() - request.read_ns
             page.observe(status, page.REQUEST, request_ns)
@@ -775,17 +737,13 @@ class Worker:
 
     def _forget_pending(self, owner: Connection) -> None:
         """What a client that left had waiting is not run."""
-        kept = []
-        for entry in self._pending:
-            if entry[3].connection is not owner:
-                kept.append(entry)
-                continue
+        forgotten = self._line.of(owner)
+        self._line.remove(forgotten)
+        self._status[page.CANCELLED] += len(forgotten)
+        for request in forgotten:
             owner.in_flight -= 1
-            self._status[page.CANCELLED] += 1
-            self._release(entry[3].slot)
-        heapq.heapify(kept)
-        self._pending = kept
-        self._status[page.WAITING] = len(kept)
+            self._release(request.slot)
+        self._status[page.WAITING] = len(self._pending)
 
     # -- hand-over ---------------------------------------------------------------------------------
 
@@ -867,3 +825,11 @@ def _hung_up(owner: Connection) -> bool:
     poll = select.poll()
     poll.register(owner.fd, 0)
     return bool(poll.poll(0))
+
+
+def _doze(fd: int, seconds: float) -> None:
+    """Sleep until the descriptor is readable: to the microsecond, where `epoll` rounds up to a
+    millisecond and would sleep through a short window. (The loop's epoll is among a process's first
+    descriptors, far below select's 1024.)
+    """
+    select.select((fd,), (), (), seconds)
