@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -27,10 +27,12 @@ from edge_runtime.errors import (
     ModelError,
     NoMemoryError,
     NotFoundError,
+    UnavailableError,
 )
 from edge_runtime.events import Events, Value
 from edge_runtime.serving import channel, health, page
 from edge_runtime.serving.health import Cause, Death
+from edge_runtime.serving.spec import WorkerSpec
 from edge_runtime.store import Generation, Switch
 
 # A worker asked to stop answers what it has first; then it is killed.
@@ -39,10 +41,14 @@ STOP_GRACE_S = 5.0
 DRAIN_S_MAX = 15.0
 # How many deaths are remembered: more than any sensible deaths_max.
 DEATHS_KEPT = 1000
+# Words of a worker's page that change when somebody wants an answer of the model.
+SIGNS_OF_USE = (page.REQUESTS, page.ERRORS, page.REFUSED, page.EXPIRED, page.WAITING)
 
+T = TypeVar("T")
 Returned = Callable[[channel.Returned, list[int]], None]
-# Makes room for a model that needs so many bytes, or raises NoMemoryError.
-MakeRoom = Callable[[str, int], Awaitable[None]]
+# Makes room for a model that needs so many bytes more, or raises NoMemoryError; the third says
+# whether somebody asks for it now, so that others may have to go.
+MakeRoom = Callable[[str, int, bool], Awaitable[None]]
 
 
 class Change(NamedTuple):
@@ -87,8 +93,14 @@ class Deployment:
         self._returned = returned
         self._make_room = make_room
         self._needs_bytes: dict[tuple[int, str], int] = {}  # measured: (generation, variant)
+        self._workers: set[WorkerProcess] = set()  # every one that lives: loading and leaving too
+        self._leaving: set[WorkerProcess] = set()  # of these: on their way out
+        self._departures: set[asyncio.Task[int]] = set()
+        self._loaded_ns = 0
         self._requests_seen = 0
         self._waking: asyncio.Task[Any] | None = None
+        self._refusal: NoMemoryError | None = None
+        self._refused_until_ns = 0
         self._lock = asyncio.Lock()
         self._deaths_ns: list[int] = []
         self._recovery: asyncio.Task[Any] | None = None
@@ -106,7 +118,7 @@ class Deployment:
         """After a start of the daemon: serve what the store says is active. Never raises."""
         self._recovery = asyncio.current_task()
         async with self._lock:
-            switch = await self._shelf.call(lambda store: store.current(self.name))
+            switch = await self._shelf.read(lambda store: store.current(self.name))
             if switch.active is None:
                 return
             try:
@@ -114,7 +126,7 @@ class Deployment:
             except EdgeError as error:
                 self._fail(error)
                 return
-            await self._restart()
+            await self._restart(asked=False)
 
     async def activate(self, generation: Generation, reason: str) -> Change:
         """Make a generation the one that serves; the one before stays if this one fails.
@@ -130,7 +142,8 @@ class Deployment:
                     lambda store: store.activate(self.name, generation.number, reason)
                 )
             except EdgeError:
-                await self._stop(worker)
+                if not warm:  # what serves, or may be rolled back to, stays
+                    await self._stop(worker)
                 raise
             return await self._take_over(generation, worker, switch, warm, reason)
 
@@ -142,7 +155,7 @@ class Deployment:
             ModelError: it does not load any more; the present one goes on.
         """
         async with self._superseding():
-            switch = await self._shelf.call(lambda store: store.current(self.name))
+            switch = await self._shelf.read(lambda store: store.current(self.name))
             if switch.previous is None:
                 raise ConflictError(
                     f"{self.name} has no previous generation", remedy="activate a version instead"
@@ -152,7 +165,8 @@ class Deployment:
             try:
                 switch = await self._shelf.call(lambda store: store.rollback(self.name, reason))
             except EdgeError:
-                await self._stop(worker)
+                if not warm:  # what serves, or may be rolled back to, stays
+                    await self._stop(worker)
                 raise
             return await self._take_over(generation, worker, switch, warm, reason)
 
@@ -182,16 +196,23 @@ class Deployment:
         self.worker = self.warm = None
         await asyncio.gather(self._hand_back(worker), self._hand_back(warm))
         await asyncio.gather(*(self._stop(one) for one in (worker, warm) if one is not None))
+        if self._departures:
+            await asyncio.wait(self._departures)
 
     @property
     def busy(self) -> bool:
         """Whether a change of this model is under way."""
         return self._lock.locked()
 
+    # -- in memory only while it is needed --------------------------------------------------------
+
     def wake(self) -> asyncio.Task[Any] | None:
-        """Load an idle model again because somebody asks; None: it is not idle."""
+        """Load an idle model again because somebody asks; None: it is not idle, or it was refused
+        memory a moment ago.
+        """
         if self._waking is None or self._waking.done():
-            if self.state != "idle" or self._closing:
+            refused = self._clock.monotonic_ns() < self._refused_until_ns
+            if self.state != "idle" or refused or self._closing:
                 return None
             self._waking = self._spawn(self._wake())
         return self._waking
@@ -200,43 +221,74 @@ class Deployment:
         async with self._lock:
             if self.state == "idle" and self.active is not None:
                 self.reason = "asked for again"
-                await self._restart()
+                await self._restart(asked=True)
 
-    async def sleep(self, reason: str) -> int:
-        """Unload the worker until the model is asked for again; the bytes that came back."""
-        async with self._lock:
-            worker = self.worker
-            if worker is None or not worker.serving:
-                return 0
-            self.worker, self.state, self.reason = None, "idle", reason
-            await self._hand_back(worker)
-            freed = await self._stop(worker)
-            self._emit("model_idle", f"{reason}; {freed} bytes came back", freed_bytes=freed)
+    def sleep(self, reason: str) -> asyncio.Task[int]:
+        """Unload the model until it is asked for again; done with the bytes that came back.
+
+        From the call on requests wait for the next load, which need not wait for this end.
+        """
+        leaving = [one for one in (self.worker, self.warm) if one is not None]
+        self.worker = self.warm = None
+        self.state, self.reason = "idle", reason
+        return self._depart(leaving, "model_idle", reason)
+
+    def cool(self) -> asyncio.Task[int]:
+        """End the warm previous version; done with the bytes that came back."""
+        leaving = [self.warm] if self.warm is not None else []
+        self.warm = None
+        return self._depart(leaving, "previous_unloaded", "the previous version gave its memory up")
+
+    def _depart(self, workers: list[WorkerProcess], event: str, reason: str) -> asyncio.Task[int]:
+        """End workers that nothing refers to any more, whoever waits for it or ceases to."""
+        self._leaving.update(workers)
+
+        async def depart() -> int:
+            for worker in workers:
+                await self._hand_back(worker)
+            freed = sum([await self._stop(worker) for worker in workers])
+            self._emit(event, f"{reason}; {freed} bytes came back", freed_bytes=freed)
             return freed
 
-    def residents(self) -> list[Resident]:
-        """The loaded workers with their memory."""
-        return [
-            Resident(
-                self.name,
-                worker is self.warm,
-                memory.of(worker.pid).private_bytes,
-                self.last_used_ns,
-                movable=worker.serving and not self.busy,
-            )
-            for worker in (self.worker, self.warm)
-            if worker is not None and worker.alive
-        ]
+        task = self._spawn(depart())
+        self._departures.add(task)
+        task.add_done_callback(self._departures.discard)
+        return task
 
-    async def cool(self) -> int:
-        """End the warm previous version; the bytes that came back."""
-        async with self._lock:
-            warm, self.warm = self.warm, None
-            return await self._stop(warm) if warm is not None else 0
+    def residents(self, newcomer: str = "") -> list[Resident]:
+        """Its workers with their memory, as they concern a load of the model `newcomer`."""
+        self._refresh_use()
+        return [self._resident(worker, newcomer == self.name) for worker in self._workers]
 
-    def retry_after_s(self) -> float:
-        """When a client that was told "unavailable" may try again."""
-        return 1.0 if self.state in ("failed", "stopped") and not self._loading else 0.02
+    def _resident(self, worker: WorkerProcess, own: bool) -> Resident:
+        """`own`: it is this model that loads; its warm version may go although it is busy."""
+        warm = worker is self.warm
+        held = warm or worker is self.worker
+        settled = warm or residency.is_settled(self._loaded_ns, self._clock.monotonic_ns())
+        taken_bytes = memory.of(worker.pid).private_bytes if worker.pid else 0
+        return Resident(
+            self.name,
+            warm,
+            taken_bytes if worker.report else max(taken_bytes, self._expected_bytes(worker.spec)),
+            self.last_used_ns,
+            movable=held and settled and worker.serving and (not self.busy or (own and warm)),
+            leaving=worker in self._leaving,
+        )
+
+    def _expected_bytes(self, spec: WorkerSpec) -> int:
+        return self._needs_bytes.get((spec.generation, spec.variant), 0)
+
+    def not_ready(self) -> UnavailableError:
+        """What a client is told whose request cannot be served now."""
+        if self.state == "idle" and self._refusal is not None:
+            return self._refusal
+        lasting = self.state in ("failed", "stopped") and not self._loading
+        return UnavailableError(
+            f"{self.name} is not ready",
+            where=self.name,
+            remedy=f"see `edge-runtime why {self.name}`",
+            retry_after_s=1.0 if lasting else 0.02,
+        )
 
     def serving(self, version: str) -> WorkerProcess | None:
         """The worker for a requested version ("": the active one), if there is one now.
@@ -261,7 +313,7 @@ class Deployment:
 
     def check(self, oom_kills: int) -> None:
         """Look after the workers: kill one that hangs, unload one that nobody asks."""
-        self._note_use()
+        self._rest_if_idle()
         limit_s = self.config.run_time_max_ms / 1000
         for worker in (self.worker, self.warm):
             if worker is not None and worker.serving:
@@ -283,50 +335,59 @@ class Deployment:
                 yield
             except EdgeError:
                 recovers = self._recovery is not None and not self._recovery.done()
-                if self.active is not None and self.worker is None and not recovers:
+                missing = self.worker is None and self.state != "idle"
+                if self.active is not None and missing and not recovers:
                     self.state = "backoff"
                     self._plan_recovery()
                 raise
 
-    def _note_use(self) -> None:
-        worker, now_ns = self.worker, self._clock.monotonic_ns()
-        if worker is None:
+    def _refresh_use(self) -> None:
+        """Note that it was asked for, when it was: requests have come, or one runs."""
+        workers = [one for one in (self.worker, self.warm) if one is not None]
+        requests = sum(one.status[word] for one in workers for word in SIGNS_OF_USE)
+        if requests != self._requests_seen or any(one.running_s() for one in workers):
+            self._requests_seen, self.last_used_ns = requests, self._clock.monotonic_ns()
+
+    def _rest_if_idle(self) -> None:
+        self._refresh_use()
+        worker, keep_s = self.worker, self.config.keep_alive_s
+        if worker is None or not worker.serving or self.busy:
             return
-        requests = worker.status[page.REQUESTS] + worker.status[page.WAITING]
-        if requests != self._requests_seen:
-            self._requests_seen, self.last_used_ns = requests, now_ns
-        elif not self.busy and residency.is_idle(
-            self.last_used_ns, now_ns, self.config.keep_alive_s
-        ):
-            self.last_used_ns = now_ns  # once
-            self._spawn(self.sleep(f"not asked for {self.config.keep_alive_s:g} s"))
+        if residency.is_idle(self.last_used_ns, self._clock.monotonic_ns(), keep_s):
+            self.sleep(f"not asked for {keep_s:g} s")
 
     # -- loading ----------------------------------------------------------------------------------
 
     async def _generation(self, number: int) -> Generation:
-        return await self._shelf.call(lambda store: store.generation(self.name, number))
+        return await self._shelf.read(lambda store: store.generation(self.name, number))
 
     async def _loaded(self, generation: Generation) -> tuple[WorkerProcess, bool]:
         """A ready worker for a generation: the one at hand, or a new one."""
         for worker in (self.worker, self.warm):
             if worker and worker.serving and worker.spec.generation == generation.number:
                 return worker, True
-        return await self._load(generation), False
+        return await self._load(generation, asked=True), False
 
-    async def _load(self, generation: Generation) -> WorkerProcess:
+    async def _load(self, generation: Generation, asked: bool) -> WorkerProcess:
         """Start workers for the variants in order until one is ready.
 
+        Args:
+            asked: somebody wants it now; other models may have to go for it.
+
         Raises:
+            NoMemoryError: one may be, when there is room in memory.
             ModelError: none is; all reasons are in the message.
         """
         manifest = await self._shelf.manifest(generation)
         refused: list[str] = []
         failure: EdgeError | None = None
+        no_room: NoMemoryError | None = None
         for variant in specs.candidates(manifest, self.config):
             try:
-                return await self._load_variant(generation, manifest, variant)
+                return await self._load_variant(generation, manifest, variant, asked)
             except EdgeError as error:
                 failure = error
+                no_room = error if isinstance(error, NoMemoryError) else no_room
                 refused.append(f"{variant.name}: {error.message}")
                 self._emit(
                     "variant_refused",
@@ -337,16 +398,16 @@ class Deployment:
                     code=error.code,
                 )
         assert failure is not None
-        if len(refused) == 1 or isinstance(failure, NoMemoryError):
-            raise failure
+        if no_room is not None or len(refused) == 1:
+            raise no_room or failure
         raise ModelError(
             f"no variant of {self.name}@{generation.version} is fit: " + "; ".join(refused)
         )
 
     async def _load_variant(
-        self, generation: Generation, manifest: Manifest, variant: Variant
+        self, generation: Generation, manifest: Manifest, variant: Variant, asked: bool
     ) -> WorkerProcess:
-        spec = await self._shelf.call(
+        spec = await self._shelf.read(
             lambda store: specs.worker_spec(
                 manifest,
                 variant,
@@ -356,11 +417,12 @@ class Deployment:
                 store.blob_path,
             )
         )
-        learned = self._needs_bytes.get((generation.number, variant.name), 0)
-        stated = manifest.budgets.memory_bytes
-        need_bytes = residency.predicted_bytes(stated, learned, variant.artifact.size)
-        await self._make_room(self.name, need_bytes)
-        worker = WorkerProcess(spec, "", self._clock, self._returned)
+        stated_bytes = manifest.budgets.memory_bytes
+        need_bytes = residency.predicted_bytes(
+            stated_bytes, self._expected_bytes(spec), variant.artifact.size
+        )
+        await self._make_room(self.name, need_bytes, asked)
+        worker = self._newcomer(spec, need_bytes)
         template = self._templates.get(variant.backend)
         limit_s = self.config.load_time_max_s
         self._loading = worker
@@ -368,21 +430,21 @@ class Deployment:
             async with asyncio.timeout(limit_s):
                 await template.fork(worker)
                 report = await asyncio.shield(worker.ready)
+            await self._check_memory(worker, stated_bytes, asked)
         except TimeoutError:
             phase = worker.phase
-            worker.kill()
+            self._kill(worker)
             raise ModelError(
                 f"{phase} took longer than {limit_s:g} s",
                 where=f"{self.name}@{generation.version} variant {variant.name}",
                 remedy="raise load_time_max_s if this device compiles models",
             ) from None
         except BaseException:
-            worker.kill()
+            self._kill(worker)
             raise
         finally:
             self._loading = None
         worker.backend_version = template.version
-        self._check_budget(worker, stated)
         self._watch(worker)
         self._emit(
             "worker_ready",
@@ -398,20 +460,43 @@ class Deployment:
         )
         return worker
 
-    def _check_budget(self, worker: WorkerProcess, stated_bytes: int) -> None:
-        """Hold a worker to what its manifest states; remember what it took."""
+    def _newcomer(self, spec: WorkerSpec, need_bytes: int) -> WorkerProcess:
+        """A worker to be forked; its memory counts as taken from now until its end."""
+        worker = WorkerProcess(spec, "", self._clock, self._returned)
+        self._needs_bytes[spec.generation, spec.variant] = need_bytes
+        self._workers.add(worker)
+
+        def forget(_: object) -> None:
+            self._workers.discard(worker)
+            self._leaving.discard(worker)
+
+        worker.ended.add_done_callback(forget)
+        return worker
+
+    def _kill(self, worker: WorkerProcess) -> None:
+        """A newcomer that is not wanted."""
+        self._leaving.add(worker)
+        worker.kill()
+
+    async def _check_memory(self, worker: WorkerProcess, stated_bytes: int, asked: bool) -> None:
+        """Hold a loaded worker to what its manifest states and to the budget of all.
+
+        Raises:
+            ModelError: it takes more than stated.
+            NoMemoryError: it takes more than was expected, and there is no room for that.
+        """
         spec = worker.spec
         taken_bytes = memory.of(worker.pid).private_bytes
         self._needs_bytes[spec.generation, spec.variant] = taken_bytes
-        self.last_used_ns = self._clock.monotonic_ns()
+        self.last_used_ns = self._loaded_ns = self._clock.monotonic_ns()
         if stated_bytes and taken_bytes > stated_bytes:
-            worker.kill()
             raise ModelError(
                 f"takes {taken_bytes} bytes of memory",
                 where=f"{self.name}@{spec.version} variant {spec.variant}",
                 expected=f"<= {stated_bytes} bytes (model.yaml: budgets.memory_bytes)",
                 remedy="state a larger budget in the bundle, or use a smaller variant",
             )
+        await self._make_room(self.name, 0, asked)
 
     # -- switching --------------------------------------------------------------------------------
 
@@ -421,7 +506,7 @@ class Deployment:
         """The flip: from here on `worker` gets every connection."""
         before = {self.worker, self.warm} - {worker}
         old = self.worker if self.worker is not worker else None
-        self.active, self.worker = generation, worker
+        self.active, self.worker, self._refusal = generation, worker, None
         if old is not None and old.serving and self.config.keep_previous_warm and switch.previous:
             self.warm = old  # at once: a request that names its version finds it there
         elif old is not None or self.warm is worker:
@@ -432,6 +517,7 @@ class Deployment:
         self._cancel_recovery()
         flipped_ns = self._clock.monotonic_ns()
         leaving = [one for one in before if one is old or one is not self.warm]
+        self._leaving.update(one for one in before if one and one is not self.warm)
         moved = sum(await asyncio.gather(*(self._hand_back(one) for one in leaving)))
         swap_ms = (self._clock.monotonic_ns() - flipped_ns) / 1e6
         freed = sum([await self._stop(one) for one in before if one and one is not self.warm])
@@ -461,6 +547,7 @@ class Deployment:
         """End a worker; the private bytes that come back with it."""
         if not worker.alive:
             return 0
+        self._leaving.add(worker)
         freed = memory.of(worker.pid).private_bytes
         await worker.stop(STOP_GRACE_S)
         self._emit(
@@ -520,21 +607,29 @@ class Deployment:
         async with self._lock:
             if self.active is generation and self.worker is None:
                 self.restarts += 1
-                await self._restart()
+                await self._restart(asked=False)
 
-    async def _restart(self) -> None:
+    async def _restart(self, asked: bool) -> None:
         """Load the active generation again; a failure counts as a death. Never raises."""
         assert self.active is not None
         self.state = "loading"
         try:
-            self.worker = await self._load(self.active)
+            self.worker = await self._load(self.active, asked)
         except NoMemoryError as error:  # nothing is wrong with it: it waits until it is asked for
             self.state, self.reason = "idle", str(error)
+            if asked:
+                self._refuse(error)
         except EdgeError as error:
             self._fail(error)
             self._after_death()
         else:
-            self.state, self.reason = "ready", self.reason or "started"
+            self.state, self.reason, self._refusal = "ready", self.reason or "started", None
+
+    def _refuse(self, error: NoMemoryError) -> None:
+        """Whoever asks until its time to retry gets the same answer, without another attempt."""
+        self._refusal = error
+        retry_after_ns = round((error.retry_after_s or 0.0) * 1e9)
+        self._refused_until_ns = self._clock.monotonic_ns() + retry_after_ns
 
     async def _fall_back(self) -> bool:
         """The previous generation takes over from one that keeps dying. Whether it could."""
@@ -565,9 +660,12 @@ class Deployment:
         if self._recovery is not None and self._recovery is not asyncio.current_task():
             self._recovery.cancel()
             self._recovery = None
+        if self._waking is not None:
+            self._waking.cancel()
+            self._waking = None
 
-    def _spawn(self, work: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

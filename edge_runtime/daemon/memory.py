@@ -29,17 +29,28 @@ def of(pid: int, proc: Path = PROC) -> Memory:
 
 
 def limit_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """The memory that this process and its children may have: the machine's, or its cgroup's."""
-    total = _fields(proc / "meminfo").get("MemTotal", 0)
+    """The memory that this process and its children may have: the machine's, or the least that a
+    cgroup above it allows. 0: not known.
+    """
+    total = _fields(proc / "meminfo", skip=0).get("MemTotal", 0)
     limits = [total] if total else []
     for line in _lines(proc / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2
-            limits += _numbers(cgroups / path.lstrip("/") / "memory.max")
-            limits += _numbers(cgroups / "unified" / path.lstrip("/") / "memory.max")
-        elif "memory" in controllers.split(","):
-            limits += _numbers(cgroups / "memory" / path.lstrip("/") / "memory.limit_in_bytes")
+        for mount, knob in _knobs(controllers):
+            # In a container the path may be the host's: then only the nearest one to the root is.
+            parts = [part for part in path.split("/") if part not in ("", "..")]
+            for depth in range(len(parts) + 1):
+                limits += _numbers(Path(cgroups, mount, *parts[:depth], knob))
     return min(limits, default=0)
+
+
+def _knobs(controllers: str) -> tuple[tuple[str, str], ...]:
+    """(directory of the hierarchy, file with its limit) for a line of /proc/self/cgroup."""
+    if controllers == "":  # version 2, by itself or beside version 1
+        return ((".", "memory.max"), ("unified", "memory.max"))
+    if "memory" in controllers.split(","):
+        return (("memory", "memory.limit_in_bytes"),)
+    return ()
 
 
 def _lines(path: Path) -> list[str]:
@@ -65,10 +76,7 @@ def oom_kills(proc: Path = PROC) -> int:
     return 0
 
 
-def _fields(path: Path) -> dict[str, int]:
-    try:
-        lines = path.read_text().splitlines()[1:]
-    except OSError:
-        return {}
-    parts = [line.split() for line in lines]
+def _fields(path: Path, skip: int = 1) -> dict[str, int]:
+    """Fields in kB of a file of /proc, in bytes; `skip`: lines of heading."""
+    parts = [line.split() for line in _lines(path)[skip:]]
     return {part[0].rstrip(":"): int(part[1]) * 1024 for part in parts if len(part) >= 2}

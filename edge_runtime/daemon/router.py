@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -71,8 +72,8 @@ class Directory(Protocol):
     def sleeping(self, model: str) -> bool:
         """Whether the model would be loaded for a request."""
 
-    def retry_after_s(self, model: str) -> float:
-        """When "not ready" is worth another try."""
+    def not_ready(self, model: str) -> UnavailableError:
+        """What to tell a client whose request cannot be served now."""
 
     def models(self) -> list[str]:
         """Names of installed models."""
@@ -129,6 +130,9 @@ class Router:
         self._listeners: dict[str, socket.socket] = {}
         self._visitors: dict[int, Visitor] = {}
         self._uid = os.geteuid()
+        # Of those that wait for a model: epoll reports a hang-up even if nothing is asked of it.
+        self._hang_ups = select.epoll()
+        self._loop.add_reader(self._hang_ups.fileno(), self._hung_up)
         self.accepted = 0
         self.refused = 0
         self.closing = False
@@ -170,6 +174,8 @@ class Router:
         self._listeners.clear()
         for visitor in list(self._visitors.values()):
             self._drop(visitor)
+        self._loop.remove_reader(self._hang_ups.fileno())
+        self._hang_ups.close()
 
     def statistics(self) -> dict[str, int]:
         """Counts since the start, and connections waiting here now."""
@@ -395,18 +401,26 @@ class Router:
         return True
 
     def _park(self, visitor: Visitor, prefix: Prefix, header: bytes) -> bool:
-        """Let a request wait while its model is loaded again; False: it is not being loaded."""
+        """Let a request wait while its model is loaded again; False: it is not being loaded.
+
+        Raises:
+            DeadlineError: it is too late already; nothing is loaded for it.
+        """
         if visitor.woken or prefix.kind == Kind.MODEL_READY:
             return False  # asking whether it is ready is not asking for it
-        waking = self._directory.wake(messages.model_name_of(header))
-        if waking is None:
-            return False
         wait_s = WAKE_S_MAX
         if prefix.time_ns:
             left_s = (prefix.time_ns - self._clock.monotonic_ns()) / 1e9
-            wait_s = min(max(left_s, 0.0), WAKE_S_MAX)
+            if left_s <= 0:
+                raise DeadlineError("the deadline passed before the request was read")
+            wait_s = min(left_s, WAKE_S_MAX)
+        waking = self._directory.wake(messages.model_name_of(header))
+        if waking is None:
+            return False
         visitor.parked = visitor.woken = True
-        self._loop.remove_reader(visitor.sock.fileno())
+        fd = visitor.sock.fileno()
+        self._loop.remove_reader(fd)
+        self._hang_ups.register(fd, 0)
         if visitor.deadline is not None:
             visitor.deadline.cancel()
         visitor.deadline = self._loop.call_later(wait_s, self._give_up, visitor, prefix)
@@ -415,27 +429,42 @@ class Router:
 
     def _unpark(self, visitor: Visitor) -> None:
         """The model is loaded, or cannot be: look at the frame again."""
-        if not visitor.parked or not self._here(visitor):
-            return
-        self._resume(visitor)
-        self._progress(visitor)
+        if visitor.parked:
+            self._resume(visitor)
+            self._progress(visitor)
 
     def _resume(self, visitor: Visitor) -> None:
-        visitor.parked = False
+        """Read on from a visitor that was parked."""
+        self._wait_no_more(visitor)
+        self._loop.add_reader(visitor.sock.fileno(), self._readable, visitor)
+
+    def _wait_no_more(self, visitor: Visitor) -> None:
         if visitor.deadline is not None:
             visitor.deadline.cancel()
             visitor.deadline = None
-        self._loop.add_reader(visitor.sock.fileno(), self._readable, visitor)
+        if visitor.parked:
+            visitor.parked = False
+            self._hang_ups.unregister(visitor.sock.fileno())
 
     def _give_up(self, visitor: Visitor, prefix: Prefix) -> None:
-        """The request's deadline passed while its model was being loaded."""
-        if not visitor.parked or not self._here(visitor):
-            return
+        """The request has waited for its model for as long as it may."""
         self._resume(visitor)
-        error = DeadlineError("the deadline passed while the model was being loaded")
-        reply = messages.encode_error(error, prefix.request_id)
-        self._answer(visitor, prefix, reply)
+        late = prefix.time_ns and prefix.time_ns <= self._clock.monotonic_ns()
+        error: EdgeError = (
+            DeadlineError("the deadline passed while the model was being loaded")
+            if late
+            else UnavailableError("the model is still being loaded", retry_after_s=1.0)
+        )
+        self.refused += 1
+        self._answer(visitor, prefix, messages.encode_error(error, prefix.request_id))
         self._progress(visitor)
+
+    def _hung_up(self) -> None:
+        """Clients left while they waited. Their sockets may still hold unread requests, so that
+        only the kernel's word tells, not a read.
+        """
+        for fd, _ in self._hang_ups.poll(0):
+            self._drop(self._visitors[fd])
 
     def _not_ready(self, prefix: Prefix, header: bytes) -> bytes:
         name = messages.model_name_of(header)
@@ -443,12 +472,7 @@ class Router:
             answer = messages.ModelReady(name, self._directory.sleeping(name))
             kind = prefix.kind | frames.RESPONSE
             return messages.encode_document(kind, answer, request_id=prefix.request_id)
-        raise UnavailableError(
-            f"{name} is not ready",
-            where=name,
-            remedy=f"see `edge-runtime why {name}`",
-            retry_after_s=self._directory.retry_after_s(name),
-        )
+        raise self._directory.not_ready(name)
 
     def _say(self, visitor: Visitor, data: bytes) -> None:
         """Answer at once or not at all: a client that lets its answers pile up is dropped."""
@@ -463,9 +487,7 @@ class Router:
         fd = visitor.sock.fileno()
         if self._visitors.pop(fd, None) is not None:
             self._loop.remove_reader(fd)
-        if visitor.deadline is not None:
-            visitor.deadline.cancel()
-            visitor.deadline = None
+        self._wait_no_more(visitor)
 
     def _drop(self, visitor: Visitor) -> None:
         self._forget(visitor)

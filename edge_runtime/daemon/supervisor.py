@@ -18,16 +18,17 @@ from typing import Any
 from edge_runtime import __version__, systemd
 from edge_runtime.clock import Clock
 from edge_runtime.config import Config
-from edge_runtime.daemon import memory, residency
+from edge_runtime.daemon import memory
 from edge_runtime.daemon.access import Access, resolve
 from edge_runtime.daemon.commands import Commands
 from edge_runtime.daemon.control import ControlServer
 from edge_runtime.daemon.deployment import Deployment
 from edge_runtime.daemon.processes import Reaper, Templates, WorkerProcess
+from edge_runtime.daemon.room import Room
 from edge_runtime.daemon.router import Router
 from edge_runtime.daemon.shelf import Shelf
 from edge_runtime.daemon.statistics import Statistics
-from edge_runtime.errors import EdgeError, NoMemoryError, NotFoundError, UnavailableError
+from edge_runtime.errors import EdgeError, NotFoundError, UnavailableError
 from edge_runtime.events import Events, Level, LevelSink, RingSink, TeeSink, sink_for
 from edge_runtime.files import SystemFiles
 from edge_runtime.serving import page, sandbox
@@ -45,8 +46,6 @@ READY_WAIT_S = 20.0
 PROBE_RETRY_S = 1.0
 # A worker gets 5 s, a template 2 s; systemd waits longer than both (TimeoutStopSec).
 TEMPLATE_GRACE_S = 2.0
-
-
 # Of the machine's or cgroup's memory, for models: the rest is the system's, the daemon's, the
 # templates' and the page cache's.
 MEMORY_SHARE = 0.7
@@ -76,10 +75,9 @@ class Supervisor:
         if config.workers.access is not None:
             self._access = resolve(config.workers.access, "workers.access")
         self._stop = asyncio.Event()
-        self._room = asyncio.Lock()
         budget = config.memory.budget_bytes
         auto_bytes = round(memory.limit_bytes() * MEMORY_SHARE)
-        self._budget_bytes = auto_bytes if budget == "auto" else budget
+        self._room = Room(auto_bytes if budget == "auto" else budget, self.deployments, clock)
 
     # -- the day of a daemon -----------------------------------------------------------------------
 
@@ -252,7 +250,7 @@ class Supervisor:
                 self.events,
                 self.clock,
                 lambda message, fds: self.router.take_back(message, fds, name),
-                self.make_room,
+                self._room.make,
             )
             self._deployments[name] = deployment
         self._listen_for(name)
@@ -301,33 +299,6 @@ class Supervisor:
         """All of them."""
         return list(self._deployments.values())
 
-    async def make_room(self, model: str, need_bytes: int) -> None:
-        """Unload whom the memory budget says, so that `model` fits.
-
-        Raises:
-            NoMemoryError: it does not fit, even without the models that can go now.
-        """
-        if not self._budget_bytes:
-            return
-        async with self._room:
-            residents = [one for each in self._deployments.values() for one in each.residents()]
-            chosen = residency.victims(residents, need_bytes, self._budget_bytes, model)
-            if chosen is None:
-                used = sum(one.private_bytes for one in residents)
-                raise NoMemoryError(
-                    f"{model} needs {need_bytes} bytes; {used} of the budget of"
-                    f" {self._budget_bytes} are in use",
-                    where=model,
-                    remedy="raise memory.budget_bytes, or unload a model",
-                    retry_after_s=1.0,
-                )
-            for victim in chosen:
-                deployment = self._deployments[victim.model]
-                if victim.warm:
-                    await deployment.cool()
-                else:
-                    await deployment.sleep(f"made room for {model}")
-
     # -- what the router asks (its Directory) ------------------------------------------------------
 
     def worker(self, model: str, version: str) -> WorkerProcess | None:
@@ -342,8 +313,8 @@ class Supervisor:
     def sleeping(self, model: str) -> bool:
         return self.known(model).state == "idle"
 
-    def retry_after_s(self, model: str) -> float:
-        return self.known(model).retry_after_s()
+    def not_ready(self, model: str) -> UnavailableError:
+        return self.known(model).not_ready()
 
     def models(self) -> list[str]:
         return sorted(self._deployments)

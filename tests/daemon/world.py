@@ -28,6 +28,7 @@ import yaml
 from edge_runtime.bundle import archive
 from edge_runtime.bundle.manifest import (
     Blob,
+    Budgets,
     Golden,
     GoldenTensor,
     Manifest,
@@ -93,12 +94,14 @@ def bundle(
     backend: str = "reference",
     golden_off: float | None = None,
     variants: Sequence[tuple[str, dict[str, Any]]] = (),
+    memory_bytes: int = 0,
 ) -> Path:
     """Pack a bundle of the affine reference model.
 
     Args:
         golden_off: with a golden, whose recorded answer is wrong by this; None: no golden.
         variants: (name, options) of several variants of the same artifact instead of one.
+        memory_bytes: as the manifest's budgets state it.
     """
     artifact = json.dumps(affine(scale, offset, width)).encode()
     blobs = {_sha(artifact): artifact}
@@ -121,6 +124,7 @@ def bundle(
             for label, given in (variants or [("fp32", options or {})])
         ),
         goldens=goldens,
+        budgets=Budgets(memory_bytes=memory_bytes),
     )
     return _packed(directory, manifest, blobs)
 
