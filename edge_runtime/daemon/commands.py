@@ -156,12 +156,12 @@ class Commands:
                 raise
             return generation, not before
 
-        return await self._daemon.shelf.call(step)
+        return await self._daemon.shelf.install(step)
 
     async def activate(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
         """Make an installed version the one that serves."""
         arguments = _arguments(given, VersionArguments)
-        generation = await self._daemon.shelf.call(
+        generation = await self._daemon.shelf.read(
             lambda store: store.find(arguments.name, arguments.version)
         )
         say({"event": "phase", "text": "loading, warming up, comparing goldens"})
@@ -209,8 +209,8 @@ class Commands:
 
     async def _model(self, name: str) -> dict[str, Any]:
         shelf = self._daemon.shelf
-        installed = await shelf.call(lambda store: store.generations(name))
-        switch = await shelf.call(lambda store: store.current(name))
+        installed = await shelf.read(lambda store: store.generations(name))
+        switch = await shelf.read(lambda store: store.current(name))
         by_number = {one.number: one for one in installed}
         described = self._daemon.deployment(name).describe()
         for key, number in (("active", switch.active), ("previous", switch.previous)):

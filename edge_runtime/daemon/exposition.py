@@ -34,7 +34,7 @@ _GAUGES = {"edge_connections": page.CONNECTIONS, "edge_requests_waiting": page.W
 async def daemon_document(daemon: Supervisor) -> dict[str, Any]:
     """The daemon itself and its store."""
     own = memory.of(os.getpid())
-    store = await daemon.shelf.call(lambda opened: opened.statistics())
+    store = await daemon.shelf.read(lambda opened: opened.statistics())
     return {
         "daemon": {
             "version": __version__,
@@ -72,7 +72,7 @@ def model_document(daemon: Supervisor, name: str, *, buckets: bool) -> dict[str,
 
 async def text(daemon: Supervisor) -> str:
     """Everything, in Prometheus' text format."""
-    store = await daemon.shelf.call(lambda opened: opened.statistics())
+    store = await daemon.shelf.read(lambda opened: opened.statistics())
     return metrics.render(
         [
             *_own(daemon, store),
