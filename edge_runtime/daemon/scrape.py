@@ -55,14 +55,14 @@ class ScrapeServer:
             self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._open >= CONNECTIONS_MAX:  # at once and without a word: words would need a limit
+            writer.transport.abort()
+            return
         self._open += 1
         writer.transport.set_write_buffer_limits(high=0)  # drained: the kernel has all of it
         try:
             async with asyncio.timeout(CONNECTION_S_MAX):
-                if self._open > CONNECTIONS_MAX:
-                    writer.write(_response("503 Service Unavailable", "too many connections\n"))
-                else:
-                    writer.write(await self._answer(reader))
+                writer.write(await self._answer(reader))
                 await writer.drain()
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             writer.transport.abort()  # too slow, or gone

@@ -133,6 +133,8 @@ class Statistics:
 
     def _keep(self, worker: WorkerProcess) -> None:
         series = self._running.pop(worker)
+        if not any(worker.status[word] for word in page.COUNTERS):
+            return  # it never served: no reason to forget one that did
         page.add(self._pages(series), worker.status)
         ended = [one for one in self._ended if one.model == series.model and one.version != OLDER]
         ended = [one for one in ended if one not in self._running.values()]

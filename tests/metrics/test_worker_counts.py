@@ -81,6 +81,25 @@ def test_pipelined_requests_wait_longer_the_later_they_come(build: Build) -> Non
     assert queue[0] >= (0 + 1 + 2 + 3) * 3_000_000
 
 
+@pytest.mark.parametrize("runners", [0, 1])
+def test_a_batch_is_one_run_of_several_requests(build: Build, runners: int) -> None:
+    rig = build(NumpyModel(slow), runners=runners, batch_rows_max=8)
+    rig.client().send(b"".join(infer(1.0, number) for number in range(6))).answers()
+    request, queue, compute = (counted(rig, w) for w in (page.REQUEST, page.QUEUE, page.COMPUTE))
+    assert metrics.count(request) == metrics.count(queue) == 6
+    runs = 6 - rig.status[page.BATCHED] + rig.status[page.BATCHES]
+    assert metrics.count(compute) == runs < 6
+    assert 3_000_000 * runs <= compute[0] < request[0]
+
+
+def test_an_answer_from_the_cache_did_not_wait_and_did_not_run(build: Build) -> None:
+    rig = build(cache_bytes_max=1 << 20)
+    client = rig.client()
+    assert [client.ask(infer(1.0, number)).code for number in range(3)] == [""] * 3
+    found = [metrics.count(counted(rig, w)) for w in (page.REQUEST, page.QUEUE, page.COMPUTE)]
+    assert found == [3, 1, 1] and rig.status[page.CACHE_HITS] == 2
+
+
 def fails_on_13(inputs: Any) -> Any:
     if inputs["x"].reshape(-1)[0] == 13:
         raise ValueError("a bug in a backend")
