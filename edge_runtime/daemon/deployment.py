@@ -312,11 +312,13 @@ class Deployment:
         )
 
     def check(self, oom_kills: int) -> None:
-        """Look after the workers: kill one that hangs, unload one that nobody asks."""
+        """Look after the workers, those on their way out too: kill one that hangs; unload the model
+        when nobody asks.
+        """
         self._rest_if_idle()
         limit_s = self.config.run_time_max_ms / 1000
-        for worker in (self.worker, self.warm):
-            if worker is not None and worker.serving:
+        for worker in self._workers:
+            if worker.serving:
                 worker.note_oom_kills(oom_kills)
                 running_s = worker.running_s()
                 if running_s > limit_s:

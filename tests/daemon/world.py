@@ -177,6 +177,38 @@ def onnx_bundle(
     return _packed(directory, manifest, blobs)
 
 
+def large_onnx_bundle(directory: Path, name: str, weights_bytes: int) -> Path:
+    """Pack a bundle of an ONNX model with so many bytes of weights, all of them the same number.
+
+    x FP32 [1, 1024] -> y [1, columns] with y = (MiB of the weights) * sum(x).
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    rows, columns = 1024, weights_bytes // 4096
+    weights = np.full((rows, columns), weights_bytes >> 20, np.float32)
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [info("x", TensorProto.FLOAT, [1, rows])],
+        [info("y", TensorProto.FLOAT, [1, columns])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    ).SerializeToString()
+    blob = Blob(_sha(model), len(model), "m.onnx")
+    manifest = Manifest(
+        schema=1,
+        name=name,
+        version=1,
+        inputs=(TensorSpec("x", "FP32", (1, rows)),),
+        outputs=(TensorSpec("y", "FP32", (1, columns)),),
+        variants=(Variant("fp32", "onnxruntime", blob, "fp32"),),
+    )
+    return _packed(directory, manifest, {_sha(model): model})
+
+
 def _golden(name: str, array: np.ndarray[Any, Any], blobs: dict[str, bytes]) -> GoldenTensor:
     data = array.tobytes()
     blobs[_sha(data)] = data
@@ -408,11 +440,16 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def running(config: dict[str, Any] | None = None, **options: Any) -> Iterator[Daemon]:
+def running(
+    config: dict[str, Any] | None = None,
+    *,
+    enter: Callable[[], None] | None = None,
+    **options: Any,
+) -> Iterator[Daemon]:
     """A daemon that runs, and at the end stops well and leaves nothing behind."""
     daemon = Daemon(config, **options)
     try:
-        daemon.start()
+        daemon.start(enter=enter)
         yield daemon
         daemon.stop()
     finally:
