@@ -231,7 +231,9 @@ def read_arrays(path: Path) -> dict[str, Array]:
         zipfile.BadZipFile,
     ) as error:
         raise UsageError(
-            f"cannot be read as an array: {error}",
+            "cannot be read as an array: "
+            # numpy would recommend what we never do
+            + ("it is none, or holds objects" if "pickle" in str(error) else str(error)),
             where=str(path),
             expected="a .npy or .npz file of numbers",
         ) from error

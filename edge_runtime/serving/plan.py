@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # in memory that a client can change in between, it would read and write beyond its tensors, where
 # the bytes of other clients are. The model gets its own copy of these.
 STEERING = frozenset({"BOOL", "INT16", "INT32", "INT64", "UINT16", "UINT32", "UINT64"})
+ANSWER_BYTES_MAX = 2**32 - 1  # what the size of a frame's body can say
 ALIGNMENT = 64  # a cache line, and what vector loads of every runtime like best
 RESPONSE_KIND = Kind.INFER | frames.RESPONSE
 _serials = itertools.count()
@@ -70,6 +71,7 @@ class Plan:
     """What one request header means.
 
     Attributes:
+        answer_bytes_max: of the outputs in the response frame.
         cacheable: equal bodies have equal answers: no tensor is in shared memory.
         batch_key: requests with equal keys can run as one batch; None: this one runs alone.
         body_size: bytes of tensor data that must follow the header.
@@ -80,6 +82,7 @@ class Plan:
     """
 
     __slots__ = (
+        "answer_bytes_max",
         "batch_key",
         "body_size",
         "cacheable",
@@ -101,7 +104,9 @@ class Plan:
         inputs: Sequence[Input],
         outputs: Sequence[Output],
         body_size: int,
+        answer_bytes_max: int,
     ) -> None:
+        self.answer_bytes_max = answer_bytes_max
         self.model = model
         self.names = names
         self.inputs = tuple(inputs)
@@ -164,13 +169,17 @@ class Planner:
         outputs: Sequence[TensorSpec],
         free: frozenset[str] = frozenset(),
         batch_rows_max: int = 1,
+        answer_bytes_max: int = ANSWER_BYTES_MAX,
     ) -> None:
         """See `Plan`.
 
         Args:
             free: outputs whose shape does not follow from the inputs' (see `free_outputs`).
             batch_rows_max: rows of a batch; 1: requests run alone.
+            answer_bytes_max: of outputs whose size is known only after the run. (What is known
+                before it is refused at admission.)
         """
+        self._answer_bytes_max = answer_bytes_max
         self._batch_rows_max = batch_rows_max
         self._model = model
         self._free = free
@@ -206,7 +215,7 @@ class Planner:
             self._output(one, f"outputs[{index}]", batch, regions)
             for index, one in enumerate(wanted)
         ]
-        plan = Plan(self._model, self._names, inputs, outputs, offset)
+        plan = Plan(self._model, self._names, inputs, outputs, offset, self._answer_bytes_max)
         if self._batch_rows_max > 1 and self._batch_axis == 0:
             plan.batch_key = _batch_key(plan)
             plan.rows = inputs[0].shape[0] if plan.batch_key else 1
@@ -549,8 +558,15 @@ def _assemble(plan: Plan, results: Mapping[str, Array]) -> memoryview:
                 expected=f"<= the {output.byte_size} bytes offered",
             )
         output.region.memory[output.offset : output.offset + data.nbytes] = data
-    header = response_header(plan, shapes, sizes)
     body_size = sum(part.nbytes for part in parts)
+    if body_size > plan.answer_bytes_max:
+        raise TooLargeError(
+            f"outputs of {body_size} bytes",
+            where=plan.names[0],
+            expected=f"<= {plan.answer_bytes_max}",
+            remedy="ask for less at once, or have them written to shared memory (REGION_ADD)",
+        )
+    header = response_header(plan, shapes, sizes)
     prefix = frames.encode_prefix(RESPONSE_KIND, len(header), body_size)
     return memoryview(bytearray(b"".join([prefix, header, *parts])))
 

@@ -78,6 +78,7 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
             spec.outputs,
             free,
             batch.rows_max,
+            min(spec.limits.queue_bytes_max, plan.ANSWER_BYTES_MAX),
         )
         worker = Worker(spec, planner, control, status, runners, batch.rows_max)
         channel.send(

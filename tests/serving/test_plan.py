@@ -186,6 +186,20 @@ def test_an_output_that_needs_more_than_its_room_is_too_large() -> None:
         slot.respond()
 
 
+def test_outputs_of_a_free_shape_have_a_limit_too() -> None:
+    model = NumpyModel(add, INPUTS, OUTPUTS)
+    free = frozenset({"sum"})
+    made = plan.Planner(model, "m", 3, 0, INPUTS, OUTPUTS, free, answer_bytes_max=24 + 8)
+    for rows, fits in ((2, True), (3, False)):
+        slot = plan.Slot(made.plan(request(*good(rows)), {}))
+        slot.body[:] = bytes(slot.body.nbytes)
+        if fits:
+            assert len(respond(slot)[1]) == 32
+        else:
+            with pytest.raises(TooLargeError, match="outputs of 44 bytes"):
+                slot.respond()
+
+
 def test_strings_in_a_region_or_without_a_size_are_refused() -> None:
     words = planner(NumpyModel(lambda i: i, (TensorSpec("t", "BYTES", (-1,)),), ()))
     place = header("t", "BYTES", (1,), shared_memory_region=0, shared_memory_byte_size=8)
