@@ -109,7 +109,7 @@ def _draw(text: str) -> None:
     """Over what is there: nothing flickers. What does not fit is cut."""
     size = _size()
     lines = [line[: size.columns] for line in text.split("\n")[: max(size.lines - 1, 1)]]
-    sys.stdout.write(HOME + "".join(f"{line}{LINE_END}\r\n" for line in lines) + REST)
+    sys.stdout.write(HOME + "".join(f"{line}{LINE_END}\n" for line in lines) + REST)
     sys.stdout.flush()
 
 
