@@ -40,6 +40,7 @@ COMPUTE = QUEUE + metrics.WORDS  # of runs; a batch is one
 END = COMPUTE + metrics.WORDS
 assert END * 8 <= PAGE_SIZE
 
+_WORD_MAX = (1 << 64) - 1
 # What only grows; the rest is about now.
 COUNTERS = (
     *(REQUESTS, ERRORS, REFUSED, EXPIRED, BATCHES, BATCHED, CACHE_HITS, CACHE_MISSES),
@@ -92,9 +93,12 @@ def observe(words: memoryview, histogram: int, value_ns: int) -> None:
 
 
 def add(into: memoryview, words: memoryview) -> None:
-    """Add the counters of a page to those of another."""
+    """Add the counters of a page to those of another.
+
+    Whatever a worker wrote there: a sum that is too large begins at 0 again, and nothing fails.
+    """
     for word in COUNTERS:
-        into[word] += words[word]
+        into[word] = (into[word] + words[word]) & _WORD_MAX
 
 
 def oldest_run_ns(page: memoryview) -> int:

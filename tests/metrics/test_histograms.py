@@ -115,6 +115,18 @@ def test_what_is_about_now_is_not_added_up() -> None:
     assert now.isdisjoint(page.COUNTERS) and len(set(page.COUNTERS)) == len(page.COUNTERS)
 
 
+def test_a_page_of_garbage_is_added_up_without_an_error() -> None:
+    total, garbage = words(), words()
+    garbage.obj[:] = b"\xff" * page.PAGE_SIZE  # type: ignore[index]
+    for _ in range(3):
+        page.add(total, garbage)
+    counted = total[page.REQUEST : page.REQUEST + metrics.WORDS].tolist()
+    assert metrics.quantile_s(counted, 0.99) is not None
+    assert "edge_queue_duration_seconds_count" in metrics.render(
+        [metrics.Sample("edge_queue_duration_seconds", ("m", "1", "v", "b"), counted)]
+    )
+
+
 def test_histograms_lie_behind_everything_else_and_within_the_pages() -> None:
     begins = [page.REQUEST, page.QUEUE, page.COMPUTE, page.END]
     assert begins[0] >= page.RUN_BEGAN + page.RUNNERS_MAX
