@@ -54,6 +54,12 @@ class Reaper:
         else:
             self._waiting[pid] = ended
 
+    def end(self, pid: int) -> None:
+        """Kill a child that nobody watches, unless it has ended: then its number may be another's."""
+        if self._early.pop(pid, None) is None:
+            self._waiting[pid] = lambda _: None
+            os.kill(pid, signal.SIGKILL)
+
     def collect(self) -> None:
         """Wait for every child that has ended."""
         while True:
@@ -410,7 +416,7 @@ class Template:
     ) -> None:
         if order.done():  # whoever ordered it has given up
             if message.pid:
-                os.kill(message.pid, signal.SIGKILL)
+                self._reaper.end(message.pid)
             return
         if message.pid:
             worker.forked(message.pid, self._reaper)

@@ -6,7 +6,7 @@ import asyncio
 import os
 from pathlib import Path
 
-from edge_runtime.daemon.processes import Line
+from edge_runtime.daemon.processes import Line, Reaper
 from edge_runtime.serving import channel
 
 
@@ -57,3 +57,23 @@ def test_a_peer_that_dies_with_messages_waiting_costs_each_descriptor_one_close(
         assert descriptors() == before
 
     asyncio.run(main())
+
+
+def test_a_child_that_nobody_watches_is_ended_even_if_it_has_ended_already(monkeypatch):
+    killed: list[int] = []
+    real_kill = os.kill
+    monkeypatch.setattr(
+        os, "kill", lambda pid, number: (killed.append(pid), real_kill(pid, number))
+    )
+    reaper = Reaper()
+    ended = os.posix_spawn("/bin/true", ["true"], {})
+    lives = os.posix_spawn("/bin/sleep", ["sleep", "60"], {})
+    os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)  # it has ended and is not collected
+    reaper.collect()
+    reaper.end(ended)  # its number may belong to another process by now
+    assert killed == []
+    reaper.end(lives)
+    assert killed == [lives]
+    os.waitid(os.P_PID, lives, os.WEXITED | os.WNOWAIT)
+    reaper.collect()
+    assert not Path(f"/proc/{lives}").exists()
