@@ -1,4 +1,4 @@
-"""`python -m bench [--quick] [--only NAME ...] [--json] [--out DIR]`.
+"""`python -m bench [--quick | --long] [--only NAME ...] [--json] [--out DIR]`.
 
 Law of this file: the table of scenarios and the order of steps: build models, run each scenario,
 write the report. A scenario that fails is reported with its reason and makes the exit code 1; a
@@ -18,7 +18,18 @@ from typing import Any
 
 import msgspec
 
-from bench import latency, memory, models, proc, report, startup
+from bench import (
+    latency,
+    memory,
+    models,
+    overload,
+    proc,
+    reload,
+    report,
+    startup,
+    swap,
+    throughput,
+)
 from bench.report import Measured
 from bench.scenario import BenchError, Scenario, Setting
 from edge_runtime.errors import EdgeError
@@ -30,6 +41,17 @@ def _latency(name: str, title: str) -> Scenario:
     return Scenario(name, title, (case.model,), functools.partial(latency.measure, case), cores)
 
 
+def _throughput(name: str, title: str) -> Scenario:
+    case = throughput.CASES[name]
+    return Scenario(
+        name,
+        title,
+        (case.model,),
+        functools.partial(throughput.measure, case),
+        2 if case.pinned else 1,
+    )
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     _latency("tiny-one-core", "tiny model [1,16], client and worker on one core"),
     _latency("tiny-two-cores", "tiny model [1,16], client and worker on a core each"),
@@ -37,7 +59,25 @@ SCENARIOS: tuple[Scenario, ...] = (
     _latency("image-two-cores", "conv net [1,3,224,224], client and worker on a core each"),
     _latency("lite0-one-core", "EfficientNet-Lite0, client and worker on one core"),
     _latency("lite0-two-cores", "EfficientNet-Lite0, client and worker on a core each"),
+    _throughput("tiny-clients", "tiny model, 1, 4 and 16 clients on the other core"),
+    _throughput("rows-clients", "[N,64], a row a request, 1, 4 and 16 clients on the other core"),
+    _throughput("image-clients", "conv net, 1 and 4 clients, all cores"),
     Scenario("memory", "resident memory", ("tiny", "tiny2", "camera"), memory.measure),
+    Scenario(
+        "swap",
+        "swaps and rollbacks under load",
+        ("tiny", "tiny-2", "tiny2", "tiny2-2", "large", "large-2"),
+        swap.measure,
+    ),
+    Scenario(
+        "neighbour",
+        "tiny model on one core while another is loaded and swapped on the other",
+        ("tiny", "camera", "camera-2"),
+        swap.neighbour,
+        2,
+    ),
+    Scenario("overload", "five times the peak", ("camera", "rows"), overload.measure, 2),
+    Scenario("reload", "unload and load, again and again", ("tiny",), reload.measure),
     Scenario("startup", "start and load to first answer", ("tiny", "tiny2"), startup.measure),
 )
 
@@ -49,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = proc.machine() | {"quick": options.quick}
     chosen = [one for one in SCENARIOS if not options.only or one.name in options.only]
     with tempfile.TemporaryDirectory(prefix="edge-bench-") as scratch:
-        measured = run(chosen, Path(scratch), quick=options.quick, say=say)
+        measured = run(chosen, Path(scratch), quick=options.quick, long=options.long, say=say)
     _write(machine, measured, options.out, say)
     if options.json:
         print(msgspec.json.encode(report.document(machine, measured)).decode())
@@ -59,7 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(
-    scenarios: Sequence[Scenario], scratch: Path, *, quick: bool, say: Callable[[str], None]
+    scenarios: Sequence[Scenario],
+    scratch: Path,
+    *,
+    quick: bool,
+    say: Callable[[str], None],
+    long: bool = False,
 ) -> list[Measured]:
     """Build what they need, then run one after the other; a failure ends only its own."""
     say("building models and bundles")
@@ -67,7 +112,7 @@ def run(
     bundles = models.build(names, scratch)
     measured = []
     for number, scenario in enumerate(scenarios):
-        setting = Setting(scratch / str(number), bundles, quick, say)
+        setting = Setting(scratch / str(number), bundles, quick, say, long)
         measured.append(_run(scenario, setting))
         say(f"{scenario.name}: {measured[-1].problem or f'{measured[-1].seconds:.1f} s'}")
     return measured
@@ -92,7 +137,11 @@ def _run(scenario: Scenario, setting: Setting) -> Measured:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few rounds: does it work at all")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="a few rounds: does it work at all")
+    length.add_argument(
+        "--long", action="store_true", help=f"{reload.LONG_RELOADS} reloads, not {reload.RELOADS}"
+    )
     parser.add_argument(
         "--only",
         metavar="NAME",

@@ -24,10 +24,15 @@ ANSWER_TIMEOUT_S = 60.0  # a round takes a tenth of a second
 
 
 class Child:
-    """A measuring process, ready. Raises BenchError from every method when it fails."""
+    """A measuring process, ready. Raises BenchError from every method when it fails.
 
-    def __init__(self, order: Any) -> None:
-        command = [sys.executable, "-m", "bench.child", msgspec.json.encode(order).decode()]
+    Args:
+        order: what it is told on its command line; has `peer`.
+        module: what is run.
+    """
+
+    def __init__(self, order: Any, module: str = "bench.child") -> None:
+        command = [sys.executable, "-m", module, msgspec.json.encode(order).decode()]
         self._name = order.peer
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -52,10 +57,19 @@ class Child:
 
     def measure(self, calls: int) -> list[int]:
         """Nanoseconds of each of `calls` calls in a row."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(b"%d\n" % calls)
-        self._process.stdin.flush()
+        self.tell(str(calls))
         return msgspec.json.decode(self._line(), type=list[int])
+
+    def tell(self, text: str) -> None:
+        """One line for it, and no wait."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(text.encode() + b"\n")
+        self._process.stdin.flush()
+
+    def ask(self, text: str) -> Any:
+        """One line for it, and the JSON that it answers."""
+        self.tell(text)
+        return msgspec.json.decode(self._line())
 
     def _line(self) -> bytes:
         assert self._process.stdout is not None

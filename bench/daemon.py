@@ -25,11 +25,17 @@ POLL_S = 0.001  # finer than any start that is measured, and cheap
 
 
 class Daemon:
-    """`edge-runtime serve` with its directories under `directory`."""
+    """`edge-runtime serve` with its directories under `directory`.
 
-    def __init__(self, directory: Path, config: str = "") -> None:
+    Args:
+        core: where the daemon and its templates run; None: anywhere. (A unit file would say
+            CPUAffinity=.) Workers are where their `cpuset` says.
+    """
+
+    def __init__(self, directory: Path, config: str = "", core: int | None = None) -> None:
         self.state_dir, self.run_dir = directory / "state", directory / "run"
         self.infer_socket = self.run_dir / "infer.sock"
+        self._affinity = [] if core is None else ["taskset", "-c", str(core)]
         self._config = directory / "config.yaml"
         self._log = directory / "daemon.log"
         directory.mkdir(parents=True, exist_ok=True)
@@ -56,7 +62,7 @@ class Daemon:
 
     def start(self) -> None:
         """Start it and do not wait."""
-        command = [sys.executable, "-m", "edge_runtime", "serve"]
+        command = [*self._affinity, sys.executable, "-m", "edge_runtime", "serve"]
         command += ["--state-dir", str(self.state_dir), "--run-dir", str(self.run_dir)]
         command += ["--config", str(self._config)]
         with self._log.open("ab") as log:

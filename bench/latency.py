@@ -7,12 +7,13 @@ in an order that changes; a round's value for a peer is the p50 of its calls.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from bench import proc
+from bench import proc, servers
 from bench.child import Child
 from bench.daemon import Daemon
 from bench.models import MODELS
@@ -29,12 +30,16 @@ Formula = Callable[[Mapping[str, float]], float]
 
 
 class Ratio(NamedTuple):
-    """A figure of a case: a formula over the p50s of one round."""
+    """A figure of a case: a formula over the p50s of one round.
+
+    `needs`: a peer that is not installed everywhere; the figure is left out without it.
+    """
 
     name: str
     formula: Formula
     unit: str = "x"
     target: Target | None = None
+    needs: str = ""
 
 
 class Case(NamedTuple):
@@ -61,13 +66,19 @@ def _added_in_ping_pongs(us: Mapping[str, float]) -> float:
     return _added(us) / us["ping_pong"]
 
 
+def _times_our_overhead(peer: str) -> Formula:
+    return lambda us: (us[peer] - us["in_process"]) / _added(us)
+
+
 def _over(peer: str, base: str) -> Formula:
     return lambda us: us[peer] / us[base]
 
 
 TINY_PEERS = ("in_process", "bound", "ping_pong", "edge")
+SERVER_PEERS = ("fastapi", "triton")
 IMAGE_PEERS = ("in_process", "bound", "hop", "edge_shared", "edge_copy", "edge_inline")
 _ADDED = Ratio("added to the in-process call", _added, "us")
+_FASTAPI = Ratio("FastAPI adds, times what we add", _times_our_overhead("fastapi"), needs="fastapi")
 _IMAGE_RATIOS = (
     Ratio("copied once / in process", _over("edge_copy", "in_process")),
     Ratio("inside the frame / in process", _over("edge_inline", "in_process")),
@@ -83,11 +94,19 @@ CASES: Mapping[str, Case] = {
     "tiny-one-core": Case(
         "tiny",
         True,
-        TINY_PEERS,
+        (*TINY_PEERS, *SERVER_PEERS),
         (
             Ratio("(p50 - in process) / ping-pong", _added_in_ping_pongs, "x", Target(3.0)),
             Ratio("p50 / ping-pong", _over("edge", "ping_pong")),
             _ADDED,
+            _FASTAPI,
+            Ratio(
+                "Triton's HTTP adds, times what we add",
+                _times_our_overhead("triton"),
+                "x",
+                Target(20, at_most=False),
+                "triton",
+            ),
         ),
         rounds=60,
         calls=300,
@@ -97,7 +116,7 @@ CASES: Mapping[str, Case] = {
         False,
         TINY_PEERS,
         (
-            Ratio("(p50 - in process) / ping-pong", _added_in_ping_pongs),
+            Ratio("(p50 - in process) / ping-pong", _added_in_ping_pongs, "x", Target(1.2)),
             Ratio("p50 / ping-pong", _over("edge", "ping_pong")),
             _ADDED,
         ),
@@ -127,12 +146,16 @@ def measure(case: Case, setting: Setting) -> Result:
     rounds, calls = (3, 10) if setting.quick else (case.rounds, case.calls)
     with Daemon(setting.directory, config) as daemon, ExitStack() as stack:
         daemon.install(bundle)
+        running = servers.Servers(stack, setting.directory)
         children = {}
         for peer in case.peers:
-            order = _order(peer, case.model, str(model), str(daemon.infer_socket), near, far)
-            children[peer] = stack.enter_context(Child(order))
-            children[peer].wait_until_ready()
-        return _result(case, _rounds(children, rounds, calls))
+            asked = order(peer, case.model, str(model), str(daemon.infer_socket), near, far)
+            complete = running.complete(asked, far)
+            if complete is not None:
+                children[peer] = stack.enter_context(Child(complete))
+                children[peer].wait_until_ready()
+        result = _result(case, _rounds(children, rounds, calls))
+        return dataclasses.replace(result, remark=running.remark)
 
 
 def _cores(case: Case) -> tuple[int, int]:
@@ -141,7 +164,8 @@ def _cores(case: Case) -> tuple[int, int]:
     return (cores[0], cores[0]) if case.same_core else (cores[-1], cores[0])
 
 
-def _order(peer: str, model: str, artifact: str, path: str, near: int, far: int) -> Order:
+def order(peer: str, model: str, artifact: str, path: str, near: int, far: int) -> Order:
+    """What a peer's child is told; the daemon's socket is at `path`."""
     spec = MODELS[model]
     request, response = frame_sizes(model)
     core = far if peer in ("in_process", "bound") else near  # the model always runs on `far`
@@ -192,6 +216,7 @@ def _result(case: Case, times: Mapping[str, list[list[int]]]) -> Result:
     figures = [
         Figure(ratio.name, per_round(p50_us, ratio.formula), ratio.unit, ratio.target)
         for ratio in case.ratios
+        if ratio.needs in p50_us or not ratio.needs
     ]
     latencies = [_latency(peer, p50_us[peer], rounds) for peer, rounds in times.items()]
     return Result(figures, latencies, p50_us)

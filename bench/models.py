@@ -1,7 +1,8 @@
 """The models that are measured, made here from a seed, and their bundles.
 
 Law of this file: ONNX files in a directory; nothing is run. Weights are random, which changes no
-time (no path depends on the data); the shapes are those of real networks.
+time (no path depends on the data); the shapes are those of real networks. Those that are swapped
+have a second version that answers differently, so that an answer tells who gave it.
 """
 
 from __future__ import annotations
@@ -17,14 +18,24 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from bench.scenario import BenchError
 
+Array = np.ndarray[Any, Any]
+
 BUNDLE_TIMEOUT_S = 120.0
 EFFICIENTNET = Path(__file__).resolve().parent.parent / "examples/efficientnet_lite0/out/fp32.onnx"
+
+
+# What tells the answers of a version from those of another: they are multiples.
+FACTORS = {1: 1.0, 2: 3.0}
+LARGE_ELEMENTS = 65536  # 256 KiB: goes by shared memory
+# As deep as it takes for about 1 ms, which is what batching is for; see `rows`.
+ROWS_BLOCKS, ROWS_WIDTH = 384, 64
 
 
 class Spec(NamedTuple):
     """A model: its one FP32 input and output, and how its file comes to be.
 
-    `make` gives None where the model cannot be had on this machine.
+    `make` gives None where the model cannot be had on this machine. `name` and `version` are the
+    bundle's; the name is the key in MODELS where it is empty.
     """
 
     input: str
@@ -32,17 +43,64 @@ class Spec(NamedTuple):
     output: str
     output_shape: tuple[int, ...]
     make: Callable[[], bytes | None]
+    name: str = ""
+    version: int = 1
 
 
-def tiny() -> bytes:
+def tiny(version: int = 1) -> bytes:
     """[1,16] through one 16 x 16 matrix: some microseconds, nearly all of it the library's."""
-    weights = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
     return _model(
         [helper.make_node("MatMul", ["x", "w"], ["y"])],
-        {"w": weights},
+        {"w": tiny_weights(version)},
         ("x", (1, 16)),
         ("y", (1, 16)),
     )
+
+
+def tiny_weights(version: int) -> Array:
+    """The matrix of a version of `tiny`; the second is three times the first."""
+    weights = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+    return weights * np.float32(FACTORS[version])
+
+
+def large(version: int = 1) -> bytes:
+    """[1,65536], of which the first sixteen are multiplied: a large tensor and no work."""
+    bounds = {"from": [0], "to": [16], "axis": [1]}
+    weights: dict[str, Array] = {name: np.array(value) for name, value in bounds.items()}
+    weights["factor"] = np.array(FACTORS[version], np.float32)
+    return _model(
+        [
+            helper.make_node("Slice", ["x", "from", "to", "axis"], ["part"]),
+            helper.make_node("Mul", ["part", "factor"], ["y"]),
+        ],
+        weights,
+        ("x", (1, LARGE_ELEMENTS)),
+        ("y", (1, 16)),
+    )
+
+
+def rows() -> bytes:
+    """[N,64] through a deep residual MLP: many small layers, so that a run of sixteen rows costs
+    little more than one of one. Some 0.7 ms, and seven to nine times the rows per second at N=16.
+    """
+    rng = np.random.default_rng(3)
+    shape = (ROWS_WIDTH, ROWS_WIDTH)
+    weights: dict[str, Array] = {"scale": np.ones(ROWS_WIDTH, np.float32)}
+    nodes, last = [], "x"
+    for i in range(ROWS_BLOCKS):
+        for name in (f"a{i}", f"b{i}"):
+            weights[name] = rng.normal(scale=0.05, size=shape).astype(np.float32)
+        out = "y" if i == ROWS_BLOCKS - 1 else f"s{i}"
+        nodes += [
+            helper.make_node("LayerNormalization", [last, "scale"], [f"n{i}"]),
+            helper.make_node("Gemm", [f"n{i}", f"a{i}"], [f"p{i}"]),
+            helper.make_node("Relu", [f"p{i}"], [f"q{i}"]),
+            helper.make_node("Gemm", [f"q{i}", f"b{i}"], [f"r{i}"]),
+            helper.make_node("Add", [f"r{i}", last], [out]),
+        ]
+        last = out
+    ends = (("x", ("n", ROWS_WIDTH)), ("y", ("n", ROWS_WIDTH)))
+    return _model(nodes, weights, *ends, opset=17)
 
 
 # (channels out, stride) of the depthwise-separable blocks: MobileNetV1's at three quarters width.
@@ -76,6 +134,12 @@ MODELS: Mapping[str, Spec] = {
     "tiny2": Spec("x", (1, 16), "y", (1, 16), tiny),
     "camera": Spec("x", (1, 3, 224, 224), "y", (1, 10), camera),
     "lite0": Spec("input", (1, 3, 224, 224), "logits", (1, 1000), efficientnet),
+    "rows": Spec("x", (1, ROWS_WIDTH), "y", (1, ROWS_WIDTH), rows),
+    "large": Spec("x", (1, LARGE_ELEMENTS), "y", (1, 16), large),
+    "tiny-2": Spec("x", (1, 16), "y", (1, 16), lambda: tiny(2), "tiny", 2),
+    "tiny2-2": Spec("x", (1, 16), "y", (1, 16), lambda: tiny(2), "tiny2", 2),
+    "large-2": Spec("x", (1, LARGE_ELEMENTS), "y", (1, 16), lambda: large(2), "large", 2),
+    "camera-2": Spec("x", (1, 3, 224, 224), "y", (1, 10), camera, "camera", 2),
 }
 
 
@@ -92,14 +156,14 @@ def build(names: Iterable[str], directory: Path) -> dict[str, tuple[Path, Path]]
             continue
         model, bundle = directory / f"{name}.onnx", directory / f"{name}.bundle"
         model.write_bytes(data)
-        _create(name, model, bundle)
+        _create(MODELS[name].name or name, MODELS[name].version, model, bundle)
         made[name] = (model, bundle)
     return made
 
 
-def _create(name: str, model: Path, bundle: Path) -> None:
+def _create(name: str, version: int, model: Path, bundle: Path) -> None:
     command = [sys.executable, "-m", "edge_runtime", "bundle", "create", str(model)]
-    command += ["--name", name, "-o", str(bundle), "--goldens", "1"]
+    command += ["--name", name, "--version", str(version), "-o", str(bundle), "--goldens", "1"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=BUNDLE_TIMEOUT_S, check=False
     )
@@ -114,7 +178,7 @@ class _Network:
         self._rng = rng
         self._last = "x"
         self.nodes: list[NodeProto] = []
-        self.weights: dict[str, np.ndarray] = {}
+        self.weights: dict[str, Array] = {}
 
     def convolve(
         self, channels: int, out: int, *, kernel: int, stride: int = 1, groups: int = 1
@@ -145,7 +209,7 @@ class _Network:
     def _constant(self, value: float) -> str:
         return self._keep(np.array(value, dtype=np.float32))
 
-    def _keep(self, values: np.ndarray) -> str:
+    def _keep(self, values: Array) -> str:
         name = f"w{len(self.weights)}"
         self.weights[name] = values
         return name
@@ -153,9 +217,10 @@ class _Network:
 
 def _model(
     nodes: list[NodeProto],
-    weights: Mapping[str, np.ndarray],
-    given: tuple[str, tuple[int, ...]],
-    wanted: tuple[str, tuple[int, ...]],
+    weights: Mapping[str, Array],
+    given: tuple[str, tuple[int | str, ...]],
+    wanted: tuple[str, tuple[int | str, ...]],
+    opset: int = 13,
 ) -> bytes:
     graph = helper.make_graph(
         nodes,
@@ -166,6 +231,6 @@ def _model(
     )
     # The oldest version that has these operators: every onnxruntime we support reads it.
     model: ModelProto = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8
+        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8
     )
     return bytes(model.SerializeToString())

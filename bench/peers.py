@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from bench import post
+
 Call = Callable[[], object]
 # More than any tensor here: nothing goes by shared memory.
 _NEVER = 1 << 40
@@ -28,6 +30,8 @@ class Order(msgspec.Struct, frozen=True):
         core: where the child runs; `far_core`: where its counterpart does, if it has one.
         model, input, shape, artifact: what is inferred.
         socket: of the daemon.
+        port: of the peer's HTTP server on the loopback; 0: it has none.
+        clients: how many at once (`crowd`).
         request_bytes, response_bytes: sizes of whole frames, for the bare ping-pong.
     """
 
@@ -41,6 +45,8 @@ class Order(msgspec.Struct, frozen=True):
     socket: str
     request_bytes: int
     response_bytes: int
+    port: int = 0
+    clients: int = 1
 
 
 class Peer(NamedTuple):
@@ -48,6 +54,7 @@ class Peer(NamedTuple):
 
     label: str
     make: Callable[[Order], Call]
+    threads: bool = False  # of several clients: threads that share what `make` made
 
 
 def in_process(order: Order) -> Call:
@@ -137,8 +144,31 @@ def inline(order: Order) -> Call:
     return lambda: client.infer(order.model, inputs)
 
 
+def fastapi(order: Order) -> Call:
+    """`bench.http_server` over a kept connection; raw bytes in and out."""
+    body = _image(order.shape).tobytes()
+    return post.call(order.port, "/infer", {}, body)
+
+
+def triton(order: Order) -> Call:
+    """Triton's HTTP with the binary extension, so that no tensor is written as text."""
+    body = _image(order.shape).tobytes()
+    given = {
+        "name": order.input,
+        "shape": order.shape,
+        "datatype": "FP32",
+        "parameters": {"binary_data_size": len(body)},
+    }
+    wanted = {"name": "y", "parameters": {"binary_data": True}}
+    header = msgspec.json.encode({"inputs": [given], "outputs": [wanted]})
+    sizes = {"Inference-Header-Content-Length": str(len(header))}
+    return post.call(order.port, f"/v2/models/{order.model}/infer", sizes, header + body)
+
+
 PEERS: Mapping[str, Peer] = {
-    "in_process": Peer("in process, `InferenceSession.run`", in_process),
+    "in_process": Peer("in process, `InferenceSession.run`", in_process, threads=True),
+    "fastapi": Peer("FastAPI, raw bytes", fastapi),
+    "triton": Peer("Triton, HTTP", triton),
     "bound": Peer("in process, IOBinding", bound),
     "ping_pong": Peer("bare socket ping-pong", ping_pong),
     "hop": Peer("bare socket before IOBinding", hop),

@@ -39,6 +39,7 @@ def document(machine: Mapping[str, Any], measured: Sequence[Measured]) -> dict[s
                 "title": one.title,
                 "seconds": round(one.seconds, 2),
                 "problem": one.problem,
+                "remark": one.result.remark if one.result else "",
                 "figures": [_figure_document(figure) for figure in _figures(one)],
                 "latencies": [
                     msgspec.to_builtins(latency._asdict()) for latency in _latencies(one)
@@ -58,6 +59,8 @@ def markdown(machine: Mapping[str, Any], measured: Sequence[Measured]) -> str:
         if one.result is None:
             parts.append(f"Not measured: {one.problem}")
             continue
+        if one.result.remark:
+            parts.append(one.result.remark[0].upper() + one.result.remark[1:] + ".")
         if one.result.latencies:
             parts.append(_latency_table(one.result.latencies))
         parts.append(_figure_table(one.result.figures))

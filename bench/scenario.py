@@ -26,6 +26,7 @@ class Setting:
         directory: scratch space of this scenario; short, because sockets live in it.
         bundles: model name -> (model file, bundle file).
         quick: measure just enough to see that everything works.
+        long: measure for as long as it takes to be sure (`reload`).
         say: shows progress to a person.
     """
 
@@ -33,6 +34,7 @@ class Setting:
     bundles: Mapping[str, tuple[Path, Path]]
     quick: bool
     say: Callable[[str], None]
+    long: bool = False
 
 
 class Latency(NamedTuple):
@@ -52,6 +54,7 @@ class Result:
     figures: Sequence[Figure]
     latencies: Sequence[Latency] = ()
     samples: Mapping[str, Sequence[float]] = field(default_factory=dict)  # for the JSON
+    remark: str = ""  # what the reader must know to judge the figures
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,17 @@ class Spread(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a figure was promised to be: at most `value`, or at least it."""
+    """What a figure was promised to be: at most `value`, or at least it.
+
+    `of` says which part of its spread: "low" for an interval that must reach the value.
+    """
 
     value: float
     at_most: bool = True
+    of: str = "median"
 
-    def met(self, value: float) -> bool:
+    def met(self, values: Spread) -> bool:
+        value: float = getattr(values, self.of)
         return value <= self.value if self.at_most else value >= self.value
 
 
@@ -42,7 +47,7 @@ class Figure(NamedTuple):
     @property
     def met(self) -> bool | None:
         """None: nothing was promised."""
-        return None if self.target is None else self.target.met(self.spread.median)
+        return None if self.target is None else self.target.met(self.spread)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
