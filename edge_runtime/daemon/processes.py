@@ -55,7 +55,7 @@ class Reaper:
             self._waiting[pid] = ended
 
     def end(self, pid: int) -> None:
-        """Kill a child that nobody watches, unless it has ended: then its number may be another's."""
+        """Kill a child that nobody watches; not one that has ended: its number may be another's."""
         if self._early.pop(pid, None) is None:
             self._waiting[pid] = lambda _: None
             os.kill(pid, signal.SIGKILL)
