@@ -80,7 +80,7 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
             batch.rows_max,
             min(spec.limits.queue_bytes_max, plan.ANSWER_BYTES_MAX),
         )
-        worker = Worker(spec, planner, control, status, runners, batch.rows_max)
+        worker = Worker(spec, planner, control, status, runners, batch.rows_max, run_ms)
         channel.send(
             control,
             channel.Ready(

@@ -48,6 +48,15 @@ STALL_S_MAX = 30.0
 SWEEP_S = 1.0
 # Descriptors that came with frames which take none: a client that goes on sending them is broken.
 STRAY_MAX = 8
+# Under overload a turn refuses so many requests, more for slow models, and looks at no more
+# newcomers: they wait in their sockets, where their clients feel it.
+REFUSALS_A_TURN = 8
+RUN_NS_A_REFUSAL = 90_000  # a refusal takes some 10 us: a tenth of the time
+# ... and then runs what waits for so many times the time that it spent on newcomers, at most for as
+# long as a refusal may take to come.
+RUN_SHARE = 9
+RUN_NS_MAX = 5_000_000
+REFUSAL_NS = 5_000_000  # for so long the same "come back in" is true
 # Where an error is counted, by its code; any other: FAILED.
 _OUTCOMES = {
     "overloaded": page.REFUSED,
@@ -74,6 +83,7 @@ class Worker:
         status: memoryview,
         runners: int,
         batch_rows_max: int = 1,
+        run_ms: float = 0.0,
     ) -> None:
         self._spec = spec
         self._rows_max = batch_rows_max
@@ -91,11 +101,17 @@ class Worker:
         self._pending = self._line.entries
         self._slot_bytes_used = 0
         self._slot_bytes_made = 0  # used, at rest, or dropped since the last trim
-        self._run_ns_mean = 0.0  # a request, of recent runs: what retry_after_s is made of
+        # Of a request, in recent runs: what retry_after_s is made of.
+        self._run_ns_mean = run_ms * 1e6
         self._turn_ns_mean = 0.0  # a run of one or a batch: what is left of a deadline must hold it
         self._epoll = select.epoll()
         self._epoll.register(control.fileno(), select.EPOLLIN)
         self._sweep_at_ns = 0
+        self._refusals_left = self._refusals_a_turn()
+        # Connections with whole frames read and not looked at: the queue was full.
+        self._backlog: dict[int, Connection] = {}
+        self._refusal = b""  # the newest "overloaded" frame; its id is filled in
+        self._refusal_until_ns = 0
         self._draining: set[Connection] | None = None  # who still has to go back
         self._drained = 0
         self._active = True
@@ -115,7 +131,10 @@ class Worker:
         control_fd = self._control.fileno()
         wake_fd = self._runners.wake_fd if self._runners else -1
         while not self._stopping:
-            ready = poll(self._wait_s() if self._pending else SWEEP_S)
+            ready = poll(self._wait_s() if self._pending or self._backlog else SWEEP_S)
+            began_ns = _monotonic_ns()
+            if self._backlog or self._refusals_left < REFUSALS_A_TURN:
+                self._look_at_backlog()
             for fd, events in ready:
                 owner = connections.get(fd)
                 if owner is not None:
@@ -132,6 +151,8 @@ class Worker:
                     self._collect()
             if self._pending:
                 self._run_pending()
+                if self._pending and self._runners is None:
+                    self._run_on(began_ns)
             now_ns = _monotonic_ns()
             self._status[page.LOOP_NS] = now_ns
             if now_ns > self._sweep_at_ns:
@@ -139,38 +160,57 @@ class Worker:
 
     def _run_pending(self) -> None:
         if self._window_ns and self._holds():
-            return
-        if self._runners is None:
-            request = self._line.pop()
             self._status[page.WAITING] = len(self._pending)
-            if request.deadline_ns and self._expired(request):
+        elif self._runners is None:
+            self._run_next()
+        else:
+            self._start_runners(self._runners)
+            self._status[page.WAITING] = len(self._pending)
+
+    def _run_on(self, began_ns: int) -> None:
+        """Go on running what waits: most of a turn belongs to the model, not to refusing others.
+
+        Without this a model of microseconds would be busy with newcomers only: its goodput at twice
+        the load that it can serve was 0.2 % of its peak.
+        """
+        until_ns = _monotonic_ns()
+        until_ns += min(RUN_SHARE * (until_ns - began_ns), RUN_NS_MAX)
+        while self._pending and not self._hold_until_ns and _monotonic_ns() < until_ns:
+            self._run_pending()
+
+    def _run_next(self) -> None:
+        """Run whoever is next, and who runs along, here."""
+        request = self._line.pop()
+        self._status[page.WAITING] = len(self._pending)
+        if request.deadline_ns and self._expired(request):
+            return
+        if self._pending and request.plan.batch_key is not None:
+            requests = self._gather(request, self._rows_max)
+            self._status[page.WAITING] = len(self._pending)
+            if len(requests) > 1:
+                batch = self._batches.take(request.plan, self._rows_max)
+                self._finish_run(execute(requests, batch, self._status, page.RUN_BEGAN))
                 return
-            if self._pending and request.plan.batch_key is not None:
-                requests = self._gather(request, self._rows_max)
-                if len(requests) > 1:
-                    batch = self._batches.take(request.plan, self._rows_max)
-                    self._finish_run(execute(requests, batch, self._status, page.RUN_BEGAN))
-                    return
-            self._run_inline(request)
-            return
-        while self._pending and self._runners.idle:
+        self._run_inline(request)
+
+    def _start_runners(self, runners: Runners) -> None:
+        """Give idle runners what waits."""
+        while self._pending and runners.idle:
             request = self._line.pop()
-            self._status[page.WAITING] = len(self._pending)
             if request.deadline_ns and self._expired(request):
                 continue
             requests, batch = [request], None
             if self._pending and request.plan.batch_key is not None:
-                # Idle runners share what waits: one long batch beside an idle core helps nobody.
-                share = -(-(len(self._pending) + 1) // self._runners.idle)
+                # They share it: one long batch beside an idle core helps nobody.
+                share = -(-(len(self._pending) + 1) // runners.idle)
                 requests = self._gather(request, min(share * request.plan.rows, self._rows_max))
                 if len(requests) > 1:
                     batch = self._batches.take(request.plan, self._rows_max)
-            self._runners.start(requests, batch)
+            runners.start(requests, batch)
 
     def _gather(self, first: Request, rows_max: int) -> list[Request]:
         """`first` and those behind it that run in one batch with it."""
         alike = self._line.pop_alike(first, batching.capacity(first.plan, rows_max))
-        self._status[page.WAITING] = len(self._pending)
         return [first] + [one for one in alike if not (one.deadline_ns and self._expired(one))]
 
     def _holds(self) -> bool:
@@ -193,7 +233,7 @@ class Worker:
         if self._hold_until_ns:
             _doze(self._epoll.fileno(), max(self._hold_until_ns - _monotonic_ns(), 0) / 1e9)
             return 0
-        return SWEEP_S if self._runners else 0
+        return SWEEP_S if self._runners and not self._backlog else 0
 
     def _sweep(self, now_ns: int) -> None:
         """Once a second: close connections that hold memory and do not move."""
@@ -216,7 +256,27 @@ class Worker:
 
     # -- reading ----------------------------------------------------------------------------------
 
+    def _look_at_backlog(self) -> None:
+        """A new turn: some may be refused again, and frames that were put off come first."""
+        self._refusals_left = self._refusals_a_turn()
+        backlog, self._backlog = self._backlog, {}
+        for fd, owner in backlog.items():
+            if self._connections.get(fd) is owner and not owner.leaving and not owner.outbox:
+                self._parse(owner)
+
+    def _refusals_a_turn(self) -> int:
+        """So many that refusing stays a small share of what a run takes."""
+        return max(REFUSALS_A_TURN, int(self._run_ns_mean / RUN_NS_A_REFUSAL))
+
+    def _crowded(self) -> bool:
+        """Whether newcomers wait in their sockets: the queue is full and enough were refused."""
+        return len(self._pending) >= self._limits.queue_requests_max
+
     def _readable(self, owner: Connection) -> None:
+        if self._backlog and owner.fd in self._backlog:
+            return  # what was read before comes first
+        if self._refusals_left <= 0 and self._crowded():
+            return
         receiving = owner.receiving
         if receiving is not None:
             assert receiving.slot is not None
@@ -256,6 +316,10 @@ class Worker:
         began = owner.start
         while owner.receiving is None and not owner.leaving:
             have = owner.end - owner.start
+            if have and self._refusals_left <= 0 and self._crowded():
+                self._backlog[owner.fd] = owner
+                owner.stalled_since_ns = 0  # it is us who do not move
+                return
             if owner.skip and have:
                 used = min(owner.skip, have)
                 owner.skip -= used
@@ -413,9 +477,7 @@ class Worker:
         )
 
     def _overloaded(self) -> OverloadedError:
-        waiting = len(self._pending) + 1
-        lanes = self._runners.count if self._runners else 1
-        wait_s = max(waiting * self._run_ns_mean / lanes / 1e9, 0.001)
+        wait_s = max(self._wait_ns() / 1e9, 0.001)
         return OverloadedError(
             f"{len(self._pending)} requests wait for {self._spec.model}",
             where=self._spec.model,
@@ -428,6 +490,7 @@ class Worker:
         self, owner: Connection, error: EdgeError, request_id: int, body_at: int, body_size: int
     ) -> None:
         self._skip_body(owner, body_at, body_size)
+        self._refusals_left -= 1
         self._count(error)
         self._answer_error(owner, request_id, error)
 
@@ -534,6 +597,18 @@ class Worker:
         self._line.put(request)
         if len(self._pending) > self._limits.queue_requests_max:
             self._send_away([self._line.last()])
+        elif request.deadline_ns and len(self._pending) > 1 and self._hopeless(request):
+            self._send_away([request])
+
+    def _hopeless(self, request: Request) -> bool:
+        """Whether a request, last in line, would be run only after its deadline."""
+        left_ns = request.deadline_ns - _monotonic_ns()
+        return self._wait_ns() > left_ns > 0 and self._line.last() is request
+
+    def _wait_ns(self) -> float:
+        """How long the last in line will wait, as runs were lately."""
+        lanes = self._runners.count if self._runners else 1
+        return len(self._pending) * self._run_ns_mean / lanes
 
     def _send_away(self, requests: list[Request]) -> None:
         """Refuse requests that were waiting."""
@@ -547,8 +622,16 @@ class Worker:
                 self._give_back(owner)
 
     def _refused(self, owner: Connection, request_id: int) -> None:
+        """Say "overloaded": prepared once for some milliseconds, because it is said often."""
+        self._refusals_left -= 1
         self._status[page.REFUSED] += 1
-        self._answer_error(owner, request_id, self._overloaded())
+        now_ns = _monotonic_ns()
+        if now_ns > self._refusal_until_ns:
+            self._refusal = messages.encode_error(self._overloaded())
+            self._refusal_until_ns = now_ns + REFUSAL_NS
+        frame = bytearray(self._refusal)
+        frames.PREFIX_TAIL.pack_into(frame, frames.PREFIX_TAIL_AT, request_id, 0)
+        self._send(owner, memoryview(frame), None)
 
     def _answer_from_cache(self, cache: ResponseCache, request: Request) -> bool:
         slot = request.slot
