@@ -241,11 +241,10 @@ class Deployment:
 
     def _depart(self, workers: list[WorkerProcess], event: str, reason: str) -> asyncio.Task[int]:
         """End workers that nothing refers to any more, whoever waits for it or ceases to."""
-        self._leaving.update(workers)
+        self._note_leaving(*workers)
 
         async def depart() -> int:
-            for worker in workers:
-                await self._hand_back(worker)
+            await asyncio.gather(*(self._hand_back(worker) for worker in workers))
             freed = sum([await self._stop(worker) for worker in workers])
             self._emit(event, f"{reason}; {freed} bytes came back", freed_bytes=freed)
             return freed
@@ -424,7 +423,7 @@ class Deployment:
             stated_bytes, self._expected_bytes(spec), variant.artifact.size
         )
         await self._make_room(self.name, need_bytes, asked)
-        worker = self._newcomer(spec, need_bytes)
+        worker = self._newcomer(spec, need_bytes)  # with no wait in between: the room is its own
         template = self._templates.get(variant.backend)
         limit_s = self.config.load_time_max_s
         self._loading = worker
@@ -477,8 +476,11 @@ class Deployment:
 
     def _kill(self, worker: WorkerProcess) -> None:
         """A newcomer that is not wanted."""
-        self._leaving.add(worker)
+        self._note_leaving(worker)
         worker.kill()
+
+    def _note_leaving(self, *workers: WorkerProcess) -> None:
+        self._leaving |= self._workers.intersection(workers)  # those that live; `forget` ends it
 
     async def _check_memory(self, worker: WorkerProcess, stated_bytes: int, asked: bool) -> None:
         """Hold a loaded worker to what its manifest states and to the budget of all.
@@ -519,7 +521,7 @@ class Deployment:
         self._cancel_recovery()
         flipped_ns = self._clock.monotonic_ns()
         leaving = [one for one in before if one is old or one is not self.warm]
-        self._leaving.update(one for one in before if one and one is not self.warm)
+        self._note_leaving(*(one for one in before if one and one is not self.warm))
         moved = sum(await asyncio.gather(*(self._hand_back(one) for one in leaving)))
         swap_ms = (self._clock.monotonic_ns() - flipped_ns) / 1e6
         freed = sum([await self._stop(one) for one in before if one and one is not self.warm])
@@ -549,7 +551,7 @@ class Deployment:
         """End a worker; the private bytes that come back with it."""
         if not worker.alive:
             return 0
-        self._leaving.add(worker)
+        self._note_leaving(worker)
         freed = memory.of(worker.pid).private_bytes
         await worker.stop(STOP_GRACE_S)
         self._emit(

@@ -34,7 +34,7 @@ from tests.daemon.world import (
 
 MB = 1_000_000
 KEEP_S = 0.2
-LOAD_MS = 700.0  # of a slow model: longer than every bound for "at once" below
+LOAD_MS = 1000.0  # of a slow model: what comes in between comes well before
 Maker = Callable[..., Daemon]
 
 
@@ -141,11 +141,12 @@ def test_many_who_ask_at_once_wake_it_once(sleepy):
 
 def test_a_deadline_shorter_than_the_load_is_told_in_time_and_the_connection_goes_on(sleepy):
     asleep(sleepy, "slow")
+    before = loads(sleepy, "slow")
     with sleepy.raw() as raw:
         began_s = time.monotonic()
         raw.send(infer_frame("slow", deadline_ns=soon_ns(0.1)) + infer_frame("slow", request_id=2))
         assert isinstance(raw.error(), DeadlineError)
-        assert 0.09 < time.monotonic() - began_s < LOAD_MS / 1e3
+        assert time.monotonic() - began_s > 0.09 and loads(sleepy, "slow") == before
         assert raw.value()[1:] == (7.0, 2)
 
 
@@ -159,11 +160,12 @@ def test_a_request_that_is_late_already_wakes_nobody(sleepy):
 
 def test_a_client_that_leaves_while_it_waits_is_dropped_at_once(sleepy):
     asleep(sleepy, "slow")
+    before = loads(sleepy, "slow")
     with sleepy.raw() as raw:
         raw.send(infer_frame("slow", rows=2000))
         until(lambda: sleepy.control("ps")["daemon"]["waiting"] == 1)
     until(lambda: sleepy.control("ps")["daemon"]["waiting"] == 0)
-    assert state(sleepy, "slow") == "loading"
+    assert loads(sleepy, "slow") == before
     until(lambda: sleepy.ready("slow"))
 
 
@@ -211,11 +213,11 @@ def waiting_client(daemon: Daemon, name: str) -> RawConnection:
 
 
 def test_an_unload_does_not_wait_for_a_model_that_wakes(sleepy):
+    before = loads(sleepy, "slow")
     with waiting_client(sleepy, "slow") as raw:
-        began_s = time.monotonic()
         sleepy.control("unload", name="slow")
         assert isinstance(raw.error(), UnavailableError)
-        assert time.monotonic() - began_s < LOAD_MS / 2e3
+        assert loads(sleepy, "slow") == before
         assert state(sleepy, "slow") == "stopped"
     sleepy.control("activate", name="slow", version=1)
 
@@ -226,17 +228,17 @@ def test_activate_and_rollback_supersede_a_model_that_wakes(sleepy):
     for command, arguments in (("rollback", {}), ("activate", {"version": 1})):
         if command == "activate":
             sleepy.control("activate", name="turn", version=2)
+        slow_loads = len(sleepy.events("worker_ready", model="turn", version=2))
         with waiting_client(sleepy, "turn") as raw:
-            began_s = time.monotonic()
             assert sleepy.control(command, name="turn", **arguments)["version"] == 1
-            assert time.monotonic() - began_s < LOAD_MS / 2e3
+            assert len(sleepy.events("worker_ready", model="turn", version=2)) == slow_loads
             assert isinstance(raw.error(), UnavailableError)
             raw.send(infer_frame("turn", request_id=2))
             assert raw.value() == ("1", 4.0, 2)
 
 
 def test_a_failed_activation_leaves_a_sleeping_model_asleep_and_one_that_wakes_waking(sleepy):
-    sleepy.add("calm", 1, options={"load_ms": LOAD_MS / 2})
+    sleepy.add("calm", 1, options={"load_ms": LOAD_MS})
     asleep(sleepy, "calm")
     with pytest.raises(EdgeError, match="fault on order"):
         sleepy.add("calm", 2, options=fault("raise", at="load"))
@@ -260,9 +262,7 @@ def test_sigterm_while_models_wake_and_sleep_ends_in_time(make_daemon):
         until(lambda: daemon.worker("busy")["connections"] == 1)
         dropped.send(infer_frame("slow"))
         until(lambda: state(daemon, "slow") == "loading")
-        began_s = time.monotonic()
-        daemon.stop()
-        assert time.monotonic() - began_s < 3
+        daemon.stop(timeout_s=10)
         assert answered.value()[1] == 7.0
         assert isinstance(dropped.error(), UnavailableError) and dropped.is_closed()
 
@@ -422,19 +422,17 @@ def test_a_hundred_sleeps_leave_no_descriptor_and_no_memory(make_daemon):
         with daemon.client() as client:
             for name in names:
                 client.infer(name, {"x": filled(3)})
-        asleep(daemon, *names)
         until(lambda: not daemon.control("ps")["workers"])
 
+    def all_gone() -> bool:
+        return len(daemon.events("worker_stopped")) == len(daemon.events("worker_ready"))
+
     cycle()
-    until(lambda: len(daemon.events("worker_stopped")) == daemon_loads(daemon))
+    until(all_gone)
     fds, rss = daemon.fds(), daemon.rss_bytes()
     for _ in range(10):
         cycle()
-    until(lambda: len(daemon.events("worker_stopped")) == daemon_loads(daemon))
+    until(all_gone)
     assert len(daemon.events("model_idle")) >= 100
     until(lambda: daemon.fds() <= fds, f"{fds} descriptors: {daemon.descriptors()}")
     assert daemon.rss_bytes() - rss < 1 * MB
-
-
-def daemon_loads(daemon: Daemon) -> int:
-    return len(daemon.events("worker_ready"))

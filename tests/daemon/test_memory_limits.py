@@ -80,7 +80,7 @@ def test_this_machine_has_a_limit():
 # Weights of the three models, in MiB, to which a worker adds 6: any two fit, three do not.
 SIZES_MIB = {"small": 26, "middle": 40, "large": 60}
 BUDGET = 130 * MIB
-TRAFFIC_S = 4.0
+CLIENTS, ROUNDS = 3, 4
 
 
 def kernel_kills(group: Path) -> int:
@@ -102,44 +102,40 @@ def test_three_models_in_512_mib_with_room_for_two_are_all_answered_and_nothing_
         for name, size_mib in SIZES_MIB.items():
             daemon.install(large_onnx_bundle(daemon.bundles, name, size_mib * MIB))
         answered, taken = traffic(daemon)
-        # Asked in turn, nearly every request is a load: the worst that can be asked of a cache.
-        assert min(answered.values()) > 2, answered
+        assert answered == dict.fromkeys(SIZES_MIB, CLIENTS * ROUNDS)
         assert max(taken) <= BUDGET, max(taken) / MIB
         assert max(taken) > 60 * MIB  # it was used
         assert kernel_kills(group) == 0
         assert not daemon.events("worker_died")
-        assert len(daemon.events("model_idle")) > 5, "hardly anybody had to go"
+        assert len(daemon.events("model_idle")) >= ROUNDS  # somebody, in each round of a client
 
 
 def traffic(daemon: Daemon) -> tuple[dict[str, int], list[int]]:
-    """Ask the models in turn for some seconds; answers per model, and samples of their memory."""
+    """Several clients ask the models in turn, each beginning with another; answers per model, and
+    samples of their memory.
+    """
     answered = dict.fromkeys(SIZES_MIB, 0)
     taken: list[int] = []
     failures: list[Exception] = []
-    end_s = time.monotonic() + TRAFFIC_S
 
     def ask(first: int) -> None:
         names = list(SIZES_MIB)
-        turn = first
         try:
             with daemon.impatient() as client:
-                while time.monotonic() < end_s:
-                    name = names[turn % len(names)]
+                for turn in range(len(names) * ROUNDS):
+                    name = names[(first + turn) % len(names)]
                     y = client.infer(name, {"x": np.ones((1, 1024), np.float32)})["y"]
                     assert (y == 1024 * SIZES_MIB[name]).all()
                     answered[name] += 1
-                    turn += 1
         except (EdgeError, AssertionError) as error:  # told to the test, which fails with it
             failures.append(error)
 
-    threads = [threading.Thread(target=ask, args=(first,)) for first in range(3)]
+    threads = [threading.Thread(target=ask, args=(first,)) for first in range(CLIENTS)]
     for thread in threads:
         thread.start()
-    while time.monotonic() < end_s:
+    while any(thread.is_alive() for thread in threads):
         workers: list[dict[str, Any]] = daemon.control("ps")["workers"]
         taken.append(sum(one["private_bytes"] for one in workers))
         time.sleep(0.02)  # the rate of sampling
-    for thread in threads:
-        thread.join(30)
     assert not failures, failures[0]
     return answered, taken
