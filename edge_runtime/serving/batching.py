@@ -223,14 +223,14 @@ def _timed(
 
 
 def _rows(samples: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
-    """A few rows that differ: the samples' first rows, and variations of the very first."""
+    """REPEATS rows that differ: the samples' first rows, then variations of the very first."""
     first = {name: np.ascontiguousarray(array[:1]) for name, array in samples[0].items()}
     rows = [first]
     for sample in samples[1:REPEATS]:
         row = {name: np.ascontiguousarray(array[:1]) for name, array in sample.items()}
         if all(row[name].shape == array.shape for name, array in first.items()):
             rows.append(row)
-    for index in (1, 2):
+    for index in range(1, REPEATS - len(rows) + 1):
         rows.append({name: _varied(array, index) for name, array in first.items()})
     return rows
 
@@ -243,7 +243,7 @@ def _varied(array: Array, index: int) -> Array:
     kind = array.dtype.kind
     if kind in "fiub" and array.size and bool((array == array.flat[0]).all()):
         steps = np.arange(array.size).reshape(array.shape) + index
-        varied = varied + (steps / steps.max() if kind == "f" else steps % 2)
+        varied = varied + (steps / steps.max() / index if kind == "f" else steps % 2)
     elif kind == "f":
         varied = varied * (1 - 0.25 * index)
     return np.ascontiguousarray(varied, array.dtype)

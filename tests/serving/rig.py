@@ -279,6 +279,9 @@ class Rig:
         free: frozenset[str] = frozenset(),
         metadata: bytes = b"{}",
         version: int = 1,
+        batch_rows_max: int = 1,
+        batch_window_ms: float = 0.0,
+        cache_bytes_max: int = 0,
         **limits: int,
     ) -> None:
         self.model = model or NumpyModel()
@@ -295,14 +298,18 @@ class Rig:
             outputs=outputs,
             batch_axis=batch_axis,
             metadata=metadata,
+            batch_window_ms=batch_window_ms,
+            cache_bytes_max=cache_bytes_max,
             limits=Limits(**limits),
         )
         self.control, self._theirs = channel.pair()
         self.control.setblocking(False)
         self.status = memoryview(bytearray(page.PAGE_SIZE)).cast("Q")
-        planner = plan.Planner(self.model, NAME, version, batch_axis, inputs, outputs, free)
+        planner = plan.Planner(
+            self.model, NAME, version, batch_axis, inputs, outputs, free, batch_rows_max
+        )
         others = set(threading.enumerate())
-        self.worker = Worker(self.spec, planner, self._theirs, self.status, runners)
+        self.worker = Worker(self.spec, planner, self._theirs, self.status, runners, batch_rows_max)
         self._threads = set(threading.enumerate()) - others
         self.stepper = _Stepper(self.worker)
         self.worker._epoll = self.stepper  # type: ignore[assignment]
@@ -386,7 +393,7 @@ class Rig:
         self.worker._epoll.close()
         if runners:
             for _ in self._threads:
-                runners._todo.put(_LastRequest())  # type: ignore[arg-type]
+                runners._todo.put(([_LastRequest()], None))  # type: ignore[list-item]
             # pytest's hook warns of SystemExit, Python's own does not.
             hook, threading.excepthook = threading.excepthook, threading.__excepthook__
             for thread in self._threads:
