@@ -38,7 +38,7 @@ from edge_runtime.store import Generation, Switch
 # A worker asked to stop answers what it has first; then it is killed.
 STOP_GRACE_S = 5.0
 # Handing all connections over waits for their requests in flight: at most for one slow run.
-DRAIN_S_MAX = 15.0
+DRAIN_S_MAX = 10.0
 # How many deaths are remembered: more than any sensible deaths_max.
 DEATHS_KEPT = 1000
 # Words of a worker's page that change when somebody wants an answer of the model.

@@ -46,6 +46,11 @@ IDLE_SLOT_BYTES_MAX = 32 * 1024 * 1024
 # this.
 STALL_S_MAX = 30.0
 SWEEP_S = 1.0
+# When memory for tensors is short: a body takes milliseconds to arrive on a unix socket; one that
+# takes longer than this is not being sent.
+BODY_NS_MAX = 1_000_000_000
+# Longer headers are planned each time: 256 of them per connection must not be 16 MiB.
+HEADER_KEPT_MAX = 8 * 1024
 # Descriptors that came with frames which take none: a client that goes on sending them is broken.
 STRAY_MAX = 8
 # Under overload a turn refuses so many requests, more for slow models, and looks at no more
@@ -402,6 +407,9 @@ class Worker:
             return None
         shared = any(one.region for one in plan.inputs) or any(one.region for one in plan.outputs)
         plans = owner.plans if shared else self._plans
+        if len(header) > HEADER_KEPT_MAX:
+            plan.retire()
+            return plan
         if len(plans) >= PLANS_MAX:
             plans.pop(next(iter(plans))).retire()
         plans[header] = plan
@@ -458,10 +466,31 @@ class Worker:
 
     def _make_room(self, owner: Connection, priority: int, size_bytes: int) -> bool:
         """Have requests behind the newcomer refused, if that gives it so many bytes."""
-        excess = self._slot_bytes_used + size_bytes - self._limits.queue_bytes_max
+        limit = self._limits.queue_bytes_max
+        while self._slot_bytes_used + size_bytes > limit and self._close_slowest(owner):
+            pass
+        excess = self._slot_bytes_used + size_bytes - limit
+        if excess <= 0:
+            return True
         going = self._line.must_go(owner, priority, excess)
         self._send_away(going)
         return bool(going)
+
+    def _close_slowest(self, newcomer: Connection) -> bool:
+        """Close the connection whose body has been on its way longest, if that is too long.
+
+        Memory is short: who announces much and sends little must not keep it from the others.
+        """
+        latest_ns = _monotonic_ns() - BODY_NS_MAX
+        slow = [
+            (owner.receiving.read_ns, owner.fd, owner)
+            for owner in self._connections.values()
+            if owner.receiving is not None and owner is not newcomer
+        ]
+        if not slow or min(slow)[0] > latest_ns:
+            return False
+        self._close(min(slow)[2])
+        return True
 
     def _new_slot(self, plan: Plan) -> Slot:
         self._trim()
