@@ -171,9 +171,12 @@ def test_a_client_that_leaves_while_it_waits_is_dropped_at_once(sleepy):
 
 def test_a_model_that_runs_for_longer_than_it_is_kept_is_in_use(sleepy):
     sleepy.add("long", options={"run_ms": 550.0})
-    before = loads(sleepy, "long")
-    assert sleepy.infer("long") == 7.0
-    assert not sleepy.events("model_idle", model="long") and loads(sleepy, "long") == before
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(sleepy.infer, "long")
+        until(lambda: sleepy.worker("long").get("connections") == 1)
+        while not running.done():
+            assert state(sleepy, "long") == "ready" or running.done()
+        assert running.result() == 7.0
 
 
 def test_the_previous_version_does_not_stay_when_the_active_one_sleeps(sleepy):
@@ -393,6 +396,21 @@ def test_two_changes_that_wait_for_each_others_room_are_refused_and_not_stuck(ma
     assert time.monotonic() - began_s < 5
     assert any(isinstance(one, NoMemoryError) for one in refused), refused
     assert daemon.infer("a") in (4.0, 7.0) and daemon.infer("b") in (4.0, 7.0)
+
+
+def test_what_is_promised_to_a_load_is_not_promised_to_another(make_daemon):
+    daemon = make_daemon(budget(80)).start()
+    slow = sized(20, load_ms=400.0)
+    paths = [
+        bundle(daemon.bundles, name, options=slow, memory_bytes=50 * MB) for name in ("a", "b")
+    ]
+    with ThreadPoolExecutor() as pool:
+        installs = [pool.submit(daemon.install, path) for path in paths]
+        while not all(one.done() for one in installs):
+            at_it = [one["name"] for one in daemon.control("models")["models"] if one["loading"]]
+            assert len(at_it) < 2
+        assert [one.result()["activated"] for one in installs] == [True, True]
+    assert sorted(state(daemon, name) for name in "ab") == ["ready", "ready"]
 
 
 def test_clients_that_wait_for_a_model_count_as_connections(make_daemon):
