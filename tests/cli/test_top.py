@@ -208,11 +208,12 @@ class Terminal:
         return ["", *self.text.split(top.HOME)[1:-1]]
 
     def end(self, number: int) -> int:
+        """Its exit code; what it writes is read meanwhile, or it could not end."""
         self.process.send_signal(number)
-        code = self.process.wait(WAIT_S_MAX)
+        self.until(lambda _: self.process.poll() is not None, "its end")
         while self.read():
             pass
-        return code
+        return self.process.wait()
 
     def close(self) -> None:
         if self.process.poll() is None:
