@@ -182,9 +182,10 @@ def _measure(
     row_ns = max(min(run_ns for run_ns, _ in runs), 1)
     answers = [outputs for _, outputs in runs]
     rows_max = max(1, BATCH_BYTES_MAX // max(sum(one.nbytes for one in alone[0].values()), 1))
+    each_ns: float = row_ns  # of the size before: what a row of the next may cost
     best, best_ns = Choice(1, "a row in a batch is not cheaper than a row alone"), row_ns * GAIN_MIN
     for size in (min(asked, rows_max),) if asked else SIZES:
-        if not asked and (size > rows_max or clock_ns() + 2 * size * row_ns > until_ns):
+        if not asked and (size > rows_max or clock_ns() + 2 * size * each_ns > until_ns):
             if size == SIZES[0]:
                 best = Choice(1, "too slow or too large to be measured at load; set batch_rows_max")
             break

@@ -135,6 +135,8 @@ class Worker:
         connections = self._connections
         control_fd = self._control.fileno()
         wake_fd = self._runners.wake_fd if self._runners else -1
+        plain = self._runners is None and not self._window_ns  # one call less where each counts
+        run_pending = self._run_next if plain else self._run_pending
         while not self._stopping:
             ready = poll(self._wait_s() if self._pending or self._backlog else SWEEP_S)
             began_ns = _monotonic_ns()
@@ -155,7 +157,7 @@ class Worker:
                 elif fd == wake_fd:
                     self._collect()
             if self._pending:
-                self._run_pending()
+                run_pending()
                 if self._pending and self._runners is None:
                     self._run_on(began_ns)
             now_ns = _monotonic_ns()
