@@ -284,3 +284,12 @@ def test_a_kept_answer_is_a_copy() -> None:
     cache.put((1, b""), memoryview(answer))
     answer[:] = b"xyz"
     assert cache.get((1, b"")) == b"abc"
+
+
+def test_what_was_asked_again_outlives_what_was_not() -> None:
+    cache = ResponseCache(2 * (100 + ENTRY_OVERHEAD_BYTES))
+    cache.put((1, b""), view(100, 1))
+    cache.put((2, b""), view(100, 2))
+    assert cache.get((1, b"")) == view(100, 1)
+    cache.put((3, b""), view(100, 3))
+    assert cache.get((2, b"")) is None and cache.get((1, b"")) == view(100, 1)
