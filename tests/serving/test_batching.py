@@ -576,9 +576,10 @@ def test_batches_are_as_large_as_makes_a_row_cheaper() -> None:
 
 
 def test_a_model_too_slow_to_be_measured_at_load_is_not_batched_unasked() -> None:
-    choice = tried(run_us=0, row_us=5_000)
+    slow_us = batching.MEASURE_S_MAX * 1e6 / 6  # three rows alone, and then four twice
+    choice = tried(run_us=0, row_us=slow_us)
     assert choice.rows_max == 1 and "batch_rows_max" in choice.reason
-    assert tried(run_us=0, row_us=5_000, asked=8) == (8, "as configured")
+    assert tried(run_us=0, row_us=slow_us, asked=8) == (8, "as configured")
 
 
 def test_the_measurement_keeps_its_time() -> None:
