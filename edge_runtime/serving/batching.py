@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # What is tried at warm-up. More rows than 64 make one answer wait for too many others.
 SIZES = (4, 16, 64)
 # A warm-up must stay short: what cannot be measured within it is not batched unasked.
-MEASURE_S_MAX = 0.03
+MEASURE_S_MAX = 0.06
 # Runs of one size; the fastest counts, because whatever else the machine does only adds.
 REPEATS = 3
 # A row in a batch must cost at most this share of a row alone, or batching is not worth its copies.

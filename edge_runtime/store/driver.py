@@ -103,6 +103,8 @@ class Store:
         self._byte_budget = byte_budget
         self._reserve_bytes = max(reserve_bytes, RESERVE_BYTES)
         self._unlock: Callable[[], None] | None = None
+        # Models whose directories this process has synced since they last changed.
+        self._chained: set[str] = set()
         self._installs = self._switches = self._written_bytes = self._freed_bytes = 0
 
     # -- opening
@@ -174,6 +176,7 @@ class Store:
         advance = _Meter(sum(blob.size_bytes for blob in generation.blobs), progress)
         missing = self._missing(generation, advance)
         self._check_room(generation, missing)
+        self._chained.discard(name)
         self._disk.make_directory(self._disk.generations(name))
         added = [blob for blob in missing if self._disk.blobs.size_bytes(blob.sha256) is None]
         try:
@@ -183,6 +186,7 @@ class Store:
             self._withdraw(generation, added)
             raise
         self._disk.sync_chain(name)
+        self._chained.add(name)
         self._installs += 1
         return generation
 
@@ -338,7 +342,9 @@ class Store:
         return False
 
     def _commit(self, switch: Switch) -> Switch:
-        self._disk.sync_chain(switch.name)
+        if switch.name not in self._chained:  # what an earlier, interrupted call left only visible
+            self._disk.sync_chain(switch.name)
+            self._chained.add(switch.name)
         if set(self._disk.slots(switch.name).values()) != {switch}:
             self._disk.write_switch(switch)
             self._switches += 1
