@@ -31,9 +31,9 @@ check: $(STAMP)
 	@$(BIN)/lint-imports
 
 bench: $(STAMP)
-	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || \
+	@$(BIN)/python -c 'import matplotlib, fastapi, uvicorn, httptools, uvloop' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]' || \
-	  echo "no plot: matplotlib could not be installed"
+	  echo "no plot or no FastAPI: the extra 'bench' could not be installed"
 	@$(BIN)/python -m bench
 
 clean:

@@ -108,8 +108,8 @@ CASES: Mapping[str, Case] = {
                 "triton",
             ),
         ),
-        rounds=60,
-        calls=300,
+        rounds=40,
+        calls=200,
     ),
     "tiny-two-cores": Case(
         "tiny",

@@ -111,4 +111,4 @@ def slope(values: Sequence[float]) -> tuple[float, float]:
     alike = float((rest[1:] * rest[:-1]).sum() / scale) if scale > 0 else 0.0
     alike = min(max(alike, 0.0), 0.99)
     error = math.sqrt(variance / float((centred**2).sum()) * (1 + alike) / (1 - alike))
-    return per_thousand, Z95 * error
+    return round(per_thousand, 9), round(Z95 * error, 9)  # a constant's slope is 0, not 1e-14

@@ -38,7 +38,7 @@ LARGE_DEPTHS = (1,) * 4
 LARGE_EVERY = 4  # each fourth swap is that of the model with the large tensor
 QUIET_SWAPS = 60
 # A busy machine does fewer, so that the run stays within its time; the report says how many.
-SWAPS_S_MAX, ROLLBACKS_S_MAX = 60.0, 30.0
+SWAPS_S_MAX, ROLLBACKS_S_MAX = 45.0, 20.0
 ROLLBACK_TIMEOUT_S = 10.0
 NONE = Target(0)
 

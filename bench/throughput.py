@@ -106,8 +106,8 @@ CASES: Mapping[str, Case] = {
             Ratio("Triton, 16 clients / one in-process thread", "triton/16", "in_process/1"),
             Ratio("1 client: p50 / in process", "edge/1", "in_process/1", None, "p50"),
         ),
-        rounds=10,
-        seconds=0.4,
+        rounds=8,
+        seconds=0.35,
     ),
     "image-clients": Case(
         "camera",
