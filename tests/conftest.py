@@ -6,9 +6,13 @@ are added up.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import pytest
+
+# Tests that use onnxruntime beside our backend: no report to its maker, and no thread of its own.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -30,7 +30,11 @@ PEAK_PER_S = 1000 / RUN_MS
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[Daemon]:
-    config = {"workers": {"runners": 1}, "models": {"short": {"queue_requests_max": 2}}}
+    # One run at a time, each of one request: the capacity is known.
+    config = {
+        "workers": {"runners": 1, "batch_rows_max": 1},
+        "models": {"short": {"queue_requests_max": 2}},
+    }
     with running(config) as started:
         for name in ("known", "short"):
             started.add(name, options={"run_ms": RUN_MS})
