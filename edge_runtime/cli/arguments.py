@@ -101,6 +101,22 @@ def count(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """A share: 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share (0 to 1)")
+    return value
+
+
+def name_maybe_version(text: str) -> tuple[str, int | None]:
+    """`NAME` or `NAME@VERSION`."""
+    return name_at_version(text) if "@" in text else (text, None)
+
+
 def name_at_version(text: str) -> tuple[str, int]:
     """`NAME@VERSION`; the version is the counter, not the label."""
     name, at, version = text.rpartition("@")

@@ -47,18 +47,18 @@ def _install(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         fd = stack.enter_context(_opened(arguments.bundle))
         payload = {"activate": arguments.activate, "filename": arguments.bundle.name}
-        reply = _call_with_progress(arguments, "install", payload, (fd,))
+        reply = call_with_progress(arguments, "install", payload, (fd,))
     verb = "installed" if reply.get("new", True) else "already installed:"
     target = f"{reply['name']}@{reply['version']}"
     text = f"{verb} {target} ({output.size(reply.get('size_bytes'))})\n"
     if reply.get("activated"):
-        text += _served(target, reply)
+        text += served(target, reply)
     else:
         text += f"to serve it: edge-runtime activate {target}"
-    return _answer(arguments, reply, text)
+    return answer(arguments, reply, text)
 
 
-def _served(target: str, reply: Mapping[str, Any]) -> str:
+def served(target: str, reply: Mapping[str, Any]) -> str:
     """What a change of the serving version came to."""
     facts = [f"variant {reply['variant']}"] if reply.get("variant") else []
     if reply.get("swap_ms") is not None:
@@ -68,36 +68,37 @@ def _served(target: str, reply: Mapping[str, Any]) -> str:
 
 def _activate(arguments: argparse.Namespace) -> int:
     name, version = arguments.target
-    reply = _call_with_progress(arguments, "activate", {"name": name, "version": version})
-    return _answer(arguments, reply, _served(f"{name}@{version}", reply))
+    reply = call_with_progress(arguments, "activate", {"name": name, "version": version})
+    return answer(arguments, reply, served(f"{name}@{version}", reply))
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    reply = _call_with_progress(arguments, "rollback", {"name": arguments.name})
-    return _answer(arguments, reply, _served(f"{arguments.name}@{reply['version']}", reply))
+    reply = call_with_progress(arguments, "rollback", {"name": arguments.name})
+    return answer(arguments, reply, served(f"{arguments.name}@{reply['version']}", reply))
 
 
 def _unload(arguments: argparse.Namespace) -> int:
     reply = call(arguments, "unload", {"name": arguments.name})
     freed = output.size(reply.get("freed_bytes"))
-    return _answer(arguments, reply, f"unloaded {arguments.name}: {freed} of memory came back")
+    return answer(arguments, reply, f"unloaded {arguments.name}: {freed} of memory came back")
 
 
 def _remove(arguments: argparse.Namespace) -> int:
     name, version = arguments.target
     reply = call(arguments, "remove", {"name": name, "version": version})
     freed = output.size(reply.get("freed_bytes"))
-    return _answer(arguments, reply, f"removed {name}@{version}: {freed} of disk came back")
+    return answer(arguments, reply, f"removed {name}@{version}: {freed} of disk came back")
 
 
 def _gc(arguments: argparse.Namespace) -> int:
     reply = call(arguments, "gc")
     lines = [f"removed {target}" for target in reply.get("removed") or []]
     lines.append(f"{output.size(reply.get('freed_bytes'))} of disk came back")
-    return _answer(arguments, reply, "\n".join(lines))
+    return answer(arguments, reply, "\n".join(lines))
 
 
-def _answer(arguments: argparse.Namespace, reply: Mapping[str, Any], text: str) -> int:
+def answer(arguments: argparse.Namespace, reply: Mapping[str, Any], text: str) -> int:
+    """Print a reply, as JSON or as this text."""
     if arguments.json:
         output.print_json(reply)
     else:
@@ -105,9 +106,10 @@ def _answer(arguments: argparse.Namespace, reply: Mapping[str, Any], text: str) 
     return 0
 
 
-def _call_with_progress(
+def call_with_progress(
     arguments: argparse.Namespace, command: str, payload: dict[str, Any], fds: tuple[int, ...] = ()
 ) -> dict[str, Any]:
+    """As `call`; what the daemon is doing meanwhile is shown."""
     progress = Progress(sys.stderr, quiet=arguments.json)
 
     def show(event: Mapping[str, Any]) -> None:

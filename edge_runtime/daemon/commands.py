@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from edge_runtime.daemon import exposition, memory
+from edge_runtime.daemon.trial import check_share
 from edge_runtime.errors import EdgeError, NotFoundError, RequestError
 from edge_runtime.metrics import CONTENT_TYPE
 from edge_runtime.serving import page
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from edge_runtime.store import Generation, Store
 
 T = TypeVar("T", bound=msgspec.Struct)
+# Without a share: a shadow sees everything and harms nobody, a split begins small.
+SHARES = {"shadow": 1.0, "split": 0.1}
 PROGRESS_STEP_BYTES = (
     4 * 1024 * 1024
 )  # one event for so many bytes: a bar moves, a socket does not fill
@@ -42,6 +45,14 @@ class VersionArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     version: int
+
+
+class TrialArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A model, and to begin or change something a version of it and a share of its traffic."""
+
+    name: str
+    version: int | None = None
+    share: float | None = None
 
 
 class NameArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,6 +83,10 @@ class Commands:
             "install": self.install,
             "activate": self.activate,
             "rollback": self.rollback,
+            "shadow": self.shadow,
+            "split": self.split,
+            "promote": self.promote,
+            "candidate_stop": self.candidate_stop,
             "unload": self.unload,
             "remove": self.remove,
             "gc": self.gc,
@@ -175,6 +190,46 @@ class Commands:
         change = await self._daemon.known(name).rollback("rolled back by command")
         return _describe_change(name, change)
 
+    async def shadow(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
+        """Show answers to a candidate; without a version, what came of it."""
+        return await self._try_out(given, say, "shadow")
+
+    async def split(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
+        """Have a candidate answer requests; without a version, what came of it."""
+        return await self._try_out(given, say, "split")
+
+    async def _try_out(self, given: dict[str, Any], say: Say, way: str) -> dict[str, Any]:
+        arguments = _arguments(given, TrialArguments)
+        deployment = self._daemon.known(arguments.name)
+        if arguments.version is None:
+            if deployment.trial is None:
+                raise NotFoundError(
+                    f"{arguments.name} had no candidate since the daemon started",
+                    remedy=f"edge-runtime {way} {arguments.name}@VERSION makes one",
+                )
+            return deployment.trial.report()
+        share = check_share(SHARES[way] if arguments.share is None else arguments.share)
+        version = arguments.version
+        generation = await self._daemon.shelf.read(
+            lambda store: store.find(arguments.name, version)
+        )
+        say({"event": "phase", "text": "loading, warming up, comparing goldens"})
+        shadow, split = (share, None) if way == "shadow" else (None, share)
+        return (await deployment.accompany(generation, shadow, split)).report()
+
+    async def promote(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
+        """Make the candidate the version that serves."""
+        name = _arguments(given, NameArguments).name
+        change = await self._daemon.known(name).promote()
+        return _describe_change(name, change)
+
+    async def candidate_stop(
+        self, given: dict[str, Any], fds: list[int], say: Say
+    ) -> dict[str, Any]:
+        """End the candidate; what came of it."""
+        name = _arguments(given, NameArguments).name
+        return (await self._daemon.known(name).stop_trial()).report()
+
     async def unload(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
         """Stop serving a model; its versions stay installed."""
         name = _arguments(given, NameArguments).name
@@ -249,8 +304,7 @@ class Commands:
             "workers": [
                 self._worker(worker, state, deployment.restarts)
                 for deployment in daemon.deployments()
-                for worker, state in ((deployment.worker, "active"), (deployment.warm, "warm"))
-                if worker is not None
+                for worker, state in deployment.workers()
             ],
         }
 

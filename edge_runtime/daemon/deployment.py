@@ -21,6 +21,7 @@ from edge_runtime.daemon import memory, residency, specs
 from edge_runtime.daemon.processes import Templates, WorkerProcess
 from edge_runtime.daemon.residency import Resident
 from edge_runtime.daemon.shelf import Shelf
+from edge_runtime.daemon.trial import Trial
 from edge_runtime.errors import (
     ConflictError,
     EdgeError,
@@ -81,6 +82,7 @@ class Deployment:
         self.active: Generation | None = None
         self.worker: WorkerProcess | None = None
         self.warm: WorkerProcess | None = None
+        self.trial: Trial | None = None  # of a candidate, or the last one
         self.state = "stopped"  # stopped, loading, ready, idle, backoff, failed
         self.last_used_ns = clock.monotonic_ns()
         self.reason = ""
@@ -111,6 +113,16 @@ class Deployment:
     @property
     def config(self) -> WorkerConfig:
         return self._config.worker(self.name)
+
+    @property
+    def candidate(self) -> WorkerProcess | None:
+        """The worker of the version that is tried beside the active one."""
+        return self.trial.candidate if self.trial is not None and self.trial.live else None
+
+    def workers(self) -> list[tuple[WorkerProcess, str]]:
+        """Those that can answer, with what they are."""
+        each = ((self.worker, "active"), (self.warm, "warm"), (self.candidate, "candidate"))
+        return [(worker, role) for worker, role in each if worker is not None]
 
     # -- what is asked of it ----------------------------------------------------------------------
 
@@ -180,11 +192,12 @@ class Deployment:
             switch = await self._shelf.call(lambda store: store.deactivate(self.name))
             version = self.active.version if self.active else 0
             variant = self.worker.spec.variant if self.worker else ""
-            worker, self.worker = self.worker, None
-            warm, self.warm = self.warm, None
+            workers = [worker for worker, _ in self.workers()]
+            self._end_trial("the model was unloaded")
+            self.worker = self.warm = None
             self.active, self.state, self.reason = None, "stopped", "unloaded"
-            moved = sum(await asyncio.gather(self._hand_back(worker), self._hand_back(warm)))
-            freed = sum([await self._stop(one) for one in (worker, warm) if one is not None])
+            moved = sum(await asyncio.gather(*(self._hand_back(one) for one in workers)))
+            freed = sum([await self._stop(one) for one in workers])
             self._emit("model_unloaded", f"unloaded, {freed} bytes came back", freed_bytes=freed)
             return Change(switch, version, variant, moved, 0.0, freed, False)
 
@@ -192,10 +205,11 @@ class Deployment:
         """The daemon stops: answer what is in flight, end the workers, change nothing on disk."""
         self._closing = True
         self._cancel_recovery()
-        worker, warm = self.worker, self.warm
+        workers = [worker for worker, _ in self.workers()]
+        self._end_trial("the daemon stops")
         self.worker = self.warm = None
-        await asyncio.gather(self._hand_back(worker), self._hand_back(warm))
-        await asyncio.gather(*(self._stop(one) for one in (worker, warm) if one is not None))
+        await asyncio.gather(*(self._hand_back(one) for one in workers))
+        await asyncio.gather(*(self._stop(one) for one in workers))
         if self._departures:
             await asyncio.wait(self._departures)
 
@@ -228,13 +242,20 @@ class Deployment:
 
         From the call on requests wait for the next load, which need not wait for this end.
         """
-        leaving = [one for one in (self.worker, self.warm) if one is not None]
+        leaving = [worker for worker, _ in self.workers()]
+        self._end_trial(f"the model rests: {reason}")
         self.worker = self.warm = None
         self.state, self.reason = "idle", reason
         return self._depart(leaving, "model_idle", reason)
 
     def cool(self) -> asyncio.Task[int]:
-        """End the warm previous version; done with the bytes that came back."""
+        """End the warm previous version, or else the candidate; done with the bytes that came
+        back.
+        """
+        candidate = self.candidate
+        if self.warm is None and candidate is not None:
+            self._end_trial("its memory was needed")
+            return self._depart([candidate], "candidate_unloaded", "the candidate made room")
         leaving = [self.warm] if self.warm is not None else []
         self.warm = None
         return self._depart(leaving, "previous_unloaded", "the previous version gave its memory up")
@@ -261,7 +282,7 @@ class Deployment:
 
     def _resident(self, worker: WorkerProcess, own: bool) -> Resident:
         """`own`: it is this model that loads; its warm version may go although it is busy."""
-        warm = worker is self.warm
+        warm = worker is self.warm or worker is self.candidate  # nobody's answers depend on it
         held = warm or worker is self.worker
         settled = warm or residency.is_settled(self._loaded_ns, self._clock.monotonic_ns())
         taken_bytes = memory.of(worker.pid).private_bytes if worker.pid else 0
@@ -290,19 +311,22 @@ class Deployment:
         )
 
     def serving(self, version: str) -> WorkerProcess | None:
-        """The worker for a requested version ("": the active one), if there is one now.
+        """The worker for a requested version or label, if there is one now.
+
+        "" and "stable" are the active version, "previous" the warm one, "candidate" the one on
+        trial.
 
         Raises:
-            NotFoundError: that version is neither active nor warm.
+            NotFoundError: that version is neither active nor warm nor the candidate.
         """
         worker = self.worker
         if self.active is None:  # not known yet (the daemon starts), or unloaded
             return None
-        if version in ("", str(self.active.version)):
+        if version in ("", "stable", str(self.active.version)):
             return worker if worker is not None and worker.serving else None
-        warm = self.warm
-        if warm is not None and warm.serving and version == str(warm.spec.version):
-            return warm
+        for other, label in ((self.warm, "previous"), (self.candidate, "candidate")):
+            if other is not None and other.serving and version in (label, str(other.spec.version)):
+                return other
         raise NotFoundError(
             f"version {version!r} of {self.name} is not loaded",
             where=self.name,
@@ -316,6 +340,8 @@ class Deployment:
         """
         self._rest_if_idle()
         limit_s = self.config.run_time_max_ms / 1000
+        if self.trial is not None:
+            self.trial.tidy()
         for worker in self._workers:
             if worker.serving:
                 worker.note_oom_kills(oom_kills)
@@ -344,9 +370,10 @@ class Deployment:
 
     def _refresh_use(self) -> None:
         """Note that it was asked for, when it was: requests have come, or one runs."""
-        workers = [one for one in (self.worker, self.warm) if one is not None]
-        requests = sum(one.status[word] for one in workers for word in SIGNS_OF_USE)
-        if requests != self._requests_seen or any(one.running_s() for one in workers):
+        workers = self.workers()
+        requests = sum(one.status[word] for one, _ in workers for word in SIGNS_OF_USE)
+        runs = any(one.running_s() for one, role in workers if role != "candidate")
+        if requests != self._requests_seen or runs:
             self._requests_seen, self.last_used_ns = requests, self._clock.monotonic_ns()
 
     def _rest_if_idle(self) -> None:
@@ -364,8 +391,8 @@ class Deployment:
 
     async def _loaded(self, generation: Generation) -> tuple[WorkerProcess, bool]:
         """A ready worker for a generation: the one at hand, or a new one."""
-        for worker in (self.worker, self.warm):
-            if worker and worker.serving and worker.spec.generation == generation.number:
+        for worker, _ in self.workers():
+            if worker.serving and worker.spec.generation == generation.number:
                 return worker, True
         return await self._load(generation, asked=True), False
 
@@ -508,7 +535,9 @@ class Deployment:
         self, generation: Generation, worker: WorkerProcess, switch: Switch, warm: bool, reason: str
     ) -> Change:
         """The flip: from here on `worker` gets every connection."""
-        before = {self.worker, self.warm} - {worker}
+        before = {one for one, _ in self.workers()} - {worker}
+        promoted = worker is self.candidate
+        self._end_trial("promoted" if promoted else f"version {generation.version} was activated")
         old = self.worker if self.worker is not worker else None
         self.active, self.worker, self._refusal = generation, worker, None
         if old is not None and old.serving and self.config.keep_previous_warm and switch.previous:
@@ -521,10 +550,10 @@ class Deployment:
         self._cancel_recovery()
         flipped_ns = self._clock.monotonic_ns()
         leaving = [one for one in before if one is old or one is not self.warm]
-        self._note_leaving(*(one for one in before if one and one is not self.warm))
+        self._note_leaving(*(one for one in before if one is not self.warm))
         moved = sum(await asyncio.gather(*(self._hand_back(one) for one in leaving)))
         swap_ms = (self._clock.monotonic_ns() - flipped_ns) / 1e6
-        freed = sum([await self._stop(one) for one in before if one and one is not self.warm])
+        freed = sum([await self._stop(one) for one in before if one is not self.warm])
         self._emit(
             "model_activated",
             f"{self.name}@{generation.version} serves ({reason});"
@@ -542,10 +571,16 @@ class Deployment:
             return 0
         try:
             async with asyncio.timeout(DRAIN_S_MAX):
-                return await worker.drain()
+                return await worker.drain(self._label(worker))
         except TimeoutError:
             self._emit("drain_timeout", "requests in flight did not end", level="warning")
             return 0
+
+    def _label(self, worker: WorkerProcess) -> str:
+        """What a client may call a worker that does not serve, besides by its version."""
+        if worker is self.warm:
+            return "previous"
+        return "candidate" if worker is self.candidate else ""
 
     async def _stop(self, worker: WorkerProcess) -> int:
         """End a worker; the private bytes that come back with it."""
@@ -562,6 +597,136 @@ class Deployment:
             freed_bytes=freed,
         )
         return freed
+
+    # -- a candidate beside it --------------------------------------------------------------------
+
+    async def accompany(
+        self, generation: Generation, shadow: float | None, split: float | None
+    ) -> Trial:
+        """Load a candidate beside the active version, or change the shares of the one there is.
+
+        Args:
+            shadow, split: shares of the traffic, 0 to 1; None: as it is.
+
+        Raises:
+            ConflictError: another candidate is there, this version serves, or none does.
+            ModelError: no variant of it loads and keeps its goldens.
+        """
+        async with self._lock:
+            trial = self.trial if self.candidate is not None else None
+            if trial is None:
+                trial = await self._begin_trial(generation)
+            elif trial.candidate.spec.generation != generation.number:
+                raise ConflictError(
+                    f"{self.name}@{trial.version} is the candidate",
+                    where=self.name,
+                    remedy="promote it or stop it first",
+                )
+            trial.share(shadow, split)
+            self._emit(
+                "candidate_shares",
+                f"{self.name}@{trial.version} is shown {trial.shadow_share:.1%} of the answers"
+                f" and gives {trial.split_share:.1%} of them",
+                version=trial.version,
+                shadow_share=trial.shadow_share,
+                split_share=trial.split_share,
+            )
+            return trial
+
+    async def _begin_trial(self, generation: Generation) -> Trial:
+        active = self.active
+        if active is None or self.worker is None or active.number == generation.number:
+            raise ConflictError(
+                f"{self.name}@{generation.version} cannot be a candidate:"
+                + (" it serves" if active == generation else " no version serves beside it"),
+                where=self.name,
+            )
+        candidate = self.warm
+        if candidate is None or candidate.spec.generation != generation.number:
+            candidate = await self._load(generation, asked=False)
+        else:
+            self.warm = None
+        if self.trial is not None:
+            self.trial.close()
+        self.trial = trial = Trial(candidate, active.version, self._clock)
+        await self._hand_back(candidate)
+        self._introduce()
+        if not trial.live:
+            raise ModelError(trial.ended, where=f"{self.name}@{generation.version}")
+        self._emit(
+            "trial_began",
+            f"{self.name}@{trial.version} is the candidate beside version {active.version}",
+            version=trial.version,
+        )
+        return trial
+
+    def _introduce(self) -> None:
+        """Have the active version's worker, maybe a new one, know the candidate."""
+        if self.candidate is None or self.worker is None:
+            return
+        assert self.trial is not None
+        try:
+            self.trial.link(self.worker)
+        except (EdgeError, OSError) as error:
+            candidate = self.trial.candidate
+            self._end_trial(f"no memory or descriptor for it: {error}", level="error")
+            self._depart([candidate], "candidate_unloaded", "the candidate could not be tried")
+
+    def _end_trial(self, reason: str, level: Any = "info") -> None:
+        """The candidate is none any more; what becomes of its worker is the caller's."""
+        trial = self.trial
+        if trial is None or not trial.live:
+            return
+        trial.end(reason)
+        self._emit(
+            "trial_ended",
+            f"{self.name}@{trial.version}: {reason}; {trial.summary()}",
+            level=level,
+            version=trial.version,
+        )
+
+    async def stop_trial(self) -> Trial:
+        """End the candidate; a previous version that was warm before is so again.
+
+        Raises:
+            ConflictError: there is none.
+        """
+        async with self._lock:
+            candidate = self.candidate
+            if candidate is None:
+                raise self._no_candidate()
+            assert self.trial is not None
+            self._end_trial("stopped by command")
+            switch = await self._shelf.read(lambda store: store.current(self.name))
+            if switch.previous == candidate.spec.generation and self.config.keep_previous_warm:
+                self.warm = candidate
+                await self._hand_back(candidate)
+            else:
+                await self._hand_back(candidate)
+                await self._stop(candidate)
+            return self.trial
+
+    async def promote(self) -> Change:
+        """Make the candidate the active version.
+
+        Raises:
+            ConflictError: there is none.
+            EdgeError: the store could not switch; the candidate stays one.
+        """
+        candidate = self.candidate
+        if candidate is None:
+            raise self._no_candidate()
+        generation = await self._generation(candidate.spec.generation)
+        return await self.activate(generation, "promoted")
+
+    def _no_candidate(self) -> ConflictError:
+        return ConflictError(
+            f"{self.name} has no candidate",
+            where=self.name,
+            expected=f"`shadow` or `split` before (the last one: {self.trial.ended})"
+            if self.trial
+            else "`shadow` or `split` before",
+        )
 
     # -- deaths -----------------------------------------------------------------------------------
 
@@ -587,6 +752,8 @@ class Deployment:
         )
         if worker is self.warm:
             self.warm = None
+        if worker is self.candidate:
+            self._end_trial(f"the candidate died: {death.detail}", level="error")
         if serving:
             self.worker = None
             self.state, self.reason = "backoff", death.detail
@@ -628,6 +795,7 @@ class Deployment:
             self._after_death()
         else:
             self.state, self.reason, self._refusal = "ready", self.reason or "started", None
+            self._introduce()
 
     def _refuse(self, error: NoMemoryError) -> None:
         """Whoever asks until its time to retry gets the same answer, without another attempt."""
@@ -690,6 +858,7 @@ class Deployment:
             "device": _device(worker),
             "restarts": self.restarts,
             "loading": _describe_loading(self._loading) if self._loading else None,
+            "candidate": self.trial.describe() if self.trial and self.trial.live else None,
         }
 
     def _describe_generation(

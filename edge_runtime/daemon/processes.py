@@ -230,14 +230,21 @@ class WorkerProcess:
         """Hand a connection over; the descriptors are the line's to close. False: it is gone."""
         return self._line.send(message, fds)
 
+    def tell(self, message: channel.Message, fds: list[int] | None = None) -> None:
+        """Send a message; the descriptors are the line's to close."""
+        self._line.send(message, fds)
+
     def promote(self) -> None:
         """From now on it answers requests that name no version, too."""
         self._line.send(channel.Promote())
 
-    async def drain(self) -> int:
-        """Have it hand all its connections back; how many it had."""
+    async def drain(self, label: str = "") -> int:
+        """Have it hand all its connections back; how many it had.
+
+        From then on it answers only who names its version, or `label`.
+        """
         self._drained = asyncio.get_running_loop().create_future()
-        if not self._line.send(channel.Drain()):
+        if not self._line.send(channel.Drain(label)):
             return 0
         both: list[asyncio.Future[Any]] = [self._drained, self.ended]
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)

@@ -364,11 +364,8 @@ class Router:
         Raises:
             RequestError, NotFoundError, PermissionDeniedError: the request cannot be served.
         """
-        if prefix.kind in (Kind.REGION_ADD, Kind.REGION_DROP):
-            name, version = messages.model_name_of(header), ""
-        else:
-            ref = messages.decode_model_ref(header)
-            name, version = ref.model_name, ref.model_version
+        ref = messages.decode_model_ref(header)
+        name, version = ref.model_name, ref.model_version
         if visitor.own not in ("", name):
             raise PermissionDeniedError(
                 f"this socket is for {visitor.own} only", where=name, remedy="use infer.sock"

@@ -323,5 +323,5 @@ class Supervisor:
         return all(one.state in ("ready", "idle", "stopped") for one in self._deployments.values())
 
     def connections(self) -> int:
-        workers = [w for one in self._deployments.values() for w in (one.worker, one.warm) if w]
+        workers = [worker for one in self._deployments.values() for worker, _ in one.workers()]
         return sum(worker.status[page.CONNECTIONS] for worker in workers)

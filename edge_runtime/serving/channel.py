@@ -110,7 +110,12 @@ class Returned(msgspec.Struct, frozen=True, tag="returned"):
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
-    """Supervisor to worker: answer what you have, hand every connection back, stay loaded."""
+    """Supervisor to worker: answer what you have, hand every connection back, stay loaded.
+
+    From then on it answers only requests that name its version, or `label` ("": no label).
+    """
+
+    label: str = ""
 
 
 class Promote(msgspec.Struct, frozen=True, tag="promote"):
@@ -119,6 +124,46 @@ class Promote(msgspec.Struct, frozen=True, tag="promote"):
     A worker is, from its start until it is told to drain. One that is not answers only requests
     that name its version; the others go back to the supervisor.
     """
+
+
+class Accompany(msgspec.Struct, frozen=True, tag="accompany"):
+    """Supervisor to the active worker: a candidate runs beside you.
+
+    Descriptors: ring, bell, a connection to the candidate, a page (serving.trial).
+    """
+
+    version: int
+    seed: int
+    ring_bytes: int
+    shadow_share: float
+    split_share: float
+
+
+class Shares(msgspec.Struct, frozen=True, tag="shares"):
+    """Supervisor to the active worker: other shares for the same candidate."""
+
+    shadow_share: float
+    split_share: float
+
+
+class Alone(msgspec.Struct, frozen=True, tag="alone"):
+    """Supervisor to the active worker: there is no candidate any more.
+
+    What the candidate has been asked is still waited for.
+    """
+
+
+class Shadow(msgspec.Struct, frozen=True, tag="shadow"):
+    """Supervisor to the candidate: compare yourself with what comes through this ring.
+
+    Descriptors: ring, bell, a page (serving.trial).
+    """
+
+    ring_bytes: int
+
+
+class Unshadow(msgspec.Struct, frozen=True, tag="unshadow"):
+    """Supervisor to a worker that was the candidate: no more comparing."""
 
 
 class Drained(msgspec.Struct, frozen=True, tag="drained"):
@@ -142,6 +187,11 @@ Message = (
     | Returned
     | Drain
     | Promote
+    | Accompany
+    | Shares
+    | Alone
+    | Shadow
+    | Unshadow
     | Drained
     | Stop
 )
@@ -153,6 +203,11 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 def pair() -> tuple[socket.socket, socket.socket]:
     """Two ends of a new channel; neither is inheritable."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def stream_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection for frames, as a client's; neither is inheritable."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 
 
 def send(sock: socket.socket, message: Message, fds: list[int] | None = None) -> None:

@@ -76,6 +76,8 @@ class Plan:
         batch_key: requests with equal keys can run as one batch; None: this one runs alone.
         body_size: bytes of tensor data that must follow the header.
         free: slots at rest.
+        named: the client wants this version and no other.
+        routing_key: what the client wants a split to be decided by; empty: by the request's id.
         rows: size of the inputs along the batch axis.
         serial: tells plans apart for ever, as `id` does not.
         static: every size is known beforehand, so slots are bound once.
@@ -89,8 +91,10 @@ class Plan:
         "free",
         "inputs",
         "model",
+        "named",
         "names",
         "outputs",
+        "routing_key",
         "rows",
         "serial",
         "slot_bytes",
@@ -118,6 +122,8 @@ class Plan:
         self.slot_bytes += sum(_copy_size(one) for one in outputs)
         self.free: list[Slot] | deque[Slot] = []
         self.rows = 1
+        self.named = False
+        self.routing_key = ""
         places = [one.region for one in self.inputs] + [one.region for one in self.outputs]
         self.cacheable = not any(places)
         self.batch_key: tuple[object, ...] | None = None
@@ -216,6 +222,8 @@ class Planner:
             for index, one in enumerate(wanted)
         ]
         plan = Plan(self._model, self._names, inputs, outputs, offset, self._answer_bytes_max)
+        plan.named = request.model_version != ""
+        plan.routing_key = request.parameters.routing_key
         if self._batch_rows_max > 1 and self._batch_axis == 0:
             plan.batch_key = _batch_key(plan)
             plan.rows = inputs[0].shape[0] if plan.batch_key else 1
@@ -572,9 +580,18 @@ def _assemble(plan: Plan, results: Mapping[str, Array]) -> memoryview:
 
 
 def response_header(
-    plan: Plan, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
+    plan: Plan,
+    shapes: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, int],
+    names: tuple[str, str] | None = None,
 ) -> bytes:
-    """The padded header of a response; `sizes`: the bytes each output has (not the room it had)."""
+    """The padded header of a response.
+
+    Args:
+        sizes: the bytes each output has (not the room it had).
+        names: model and version that answered, if it was not the plan's.
+    """
+    model_name, model_version = names or plan.names
     entries = []
     for output in plan.outputs:
         name = output.spec.name
@@ -597,7 +614,7 @@ def response_header(
         )
     return messages.encode_header(
         messages.InferResponse(
-            model_name=plan.names[0], model_version=plan.names[1], outputs=tuple(entries)
+            model_name=model_name, model_version=model_version, outputs=tuple(entries)
         )
     )
 

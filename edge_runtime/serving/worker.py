@@ -29,7 +29,9 @@ from edge_runtime.errors import (
 from edge_runtime.serving import batching, channel, connection, page
 from edge_runtime.serving.batching import Batches
 from edge_runtime.serving.cache import ResponseCache
+from edge_runtime.serving.company import TRIAL_MESSAGES, Company
 from edge_runtime.serving.connection import Connection
+from edge_runtime.serving.mirror import Mirror
 from edge_runtime.serving.plan import Plan, Planner, Slot
 from edge_runtime.serving.running import Done, Request, Runners, edge_error, execute
 from edge_runtime.serving.spec import WorkerSpec
@@ -70,6 +72,8 @@ _OUTCOMES = {
     "too_large": page.INVALID,
     "malformed": page.INVALID,
 }
+# Versions that a client may ask the active worker for, besides the number of its own.
+STABLE_LABELS = frozenset({"", "stable"})
 # One descriptor a frame is legal; room for two shows the mistake instead of hiding it.
 _ANCILLARY = socket.CMSG_SPACE(2 * 4)
 _INFER = int(Kind.INFER)
@@ -119,13 +123,14 @@ class Worker:
         self._refusal_until_ns = 0
         self._draining: set[Connection] | None = None  # who still has to go back
         self._drained = 0
-        self._active = True
+        self._labels = STABLE_LABELS
         self._stopping = False
         self._runners = Runners(runners, status) if runners else None
         if self._runners:
             self._epoll.register(self._runners.wake_fd, select.EPOLLIN)
         self._version = str(spec.version)
         status[page.BATCH_ROWS_MAX] = batch_rows_max
+        self._company = Company(self._epoll, spec, planner, status, self._relay, self._take_back)
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -137,8 +142,10 @@ class Worker:
         wake_fd = self._runners.wake_fd if self._runners else -1
         plain = self._runners is None and not self._window_ns  # one call less where each counts
         run_pending = self._run_next if plain else self._run_pending
+        company = self._company
         while not self._stopping:
-            ready = poll(self._wait_s() if self._pending or self._backlog else SWEEP_S)
+            wait_s = self._wait_s() if self._pending or self._backlog else SWEEP_S
+            ready = poll(company.wait_s(wait_s) if company.active else wait_s)
             began_ns = _monotonic_ns()
             if self._backlog or self._refusals_left < REFUSALS_A_TURN:
                 self._look_at_backlog()
@@ -156,10 +163,14 @@ class Worker:
                     self._told()
                 elif fd == wake_fd:
                     self._collect()
+                else:
+                    company.event(fd, events)
             if self._pending:
                 run_pending()
                 if self._pending and self._runners is None:
                     self._run_on(began_ns)
+            if company.active:
+                company.turn(self._idle())
             now_ns = _monotonic_ns()
             self._status[page.LOOP_NS] = now_ns
             if now_ns > self._sweep_at_ns:
@@ -241,6 +252,11 @@ class Worker:
             _doze(self._epoll.fileno(), max(self._hold_until_ns - _monotonic_ns(), 0) / 1e9)
             return 0
         return SWEEP_S if self._runners and not self._backlog else 0
+
+    def _idle(self) -> bool:
+        runners = self._runners
+        waiting = self._pending or self._backlog
+        return not waiting and (runners is None or runners.idle == runners.count)
 
     def _sweep(self, now_ns: int) -> None:
         """Once a second: close connections that hold memory and do not move."""
@@ -420,7 +436,7 @@ class Worker:
     def _ours(self, name: str, version: str) -> bool:
         if name != self._spec.model:
             return False
-        return self._active if version == "" else version == self._version
+        return version == self._version or version in self._labels
 
     def _acquire(
         self,
@@ -549,7 +565,8 @@ class Worker:
             if kind not in _MODEL_KINDS:
                 self._leave(owner)
                 return True
-            if not self._ours(*_named(kind, header)):
+            ref = messages.decode_model_ref(header)
+            if not self._ours(ref.model_name, ref.model_version):
                 self._leave(owner)
                 return True
             reply = self._reply(owner, kind, header)
@@ -621,6 +638,14 @@ class Worker:
 
         When the queue is full, whoever is last in line then is refused.
         """
+        splitter = self._company.splitter
+        if splitter is not None and splitter.takes(request, self._run_ns_mean):
+            request.connection.in_flight += 1
+            return
+        self._queue(request)
+
+    def _queue(self, request: Request) -> None:
+        """Have a request run here."""
         if self._cache is not None and self._answer_from_cache(self._cache, request):
             return
         owner = request.connection
@@ -718,7 +743,7 @@ class Worker:
                 self._batch_failed(requests)
         share_ns = max(done.run_ns // len(requests), 1)
         for request, (response, error) in zip(requests, done.outcomes, strict=True):
-            self._finish(request, response, error, share_ns, done.began_ns)
+            self._finish(request, response, error, share_ns, done.began_ns, len(requests) > 1)
 
     def _batch_failed(self, requests: list[Request]) -> None:
         """Each of them ran alone, but not together: so many rows are too many."""
@@ -738,6 +763,7 @@ class Worker:
         error: EdgeError | None,
         run_ns: int = 0,
         began_ns: int = 0,
+        batched: bool = False,
     ) -> None:
         """Answer a request that ran (since `began_ns`, for `run_ns`), was cached, or expired."""
         owner = request.connection
@@ -759,7 +785,11 @@ class Worker:
             frames.PREFIX_TAIL.pack_into(
                 response, frames.PREFIX_TAIL_AT, request.request_id, request_ns
             )
-            self._send(owner, response, slot)
+            mirror = self._company.mirror
+            if mirror is None or not run_ns:
+                self._send(owner, response, slot)
+            else:
+                self._send_and_show(mirror, request, response, 0 if batched else run_ns)
         else:
             assert error is not None
             self._count(error)
@@ -767,6 +797,42 @@ class Worker:
             self._answer_error(owner, request.request_id, error)
         if owner.leaving and not owner.in_flight:
             self._give_back(owner)
+
+    def _send_and_show(
+        self, mirror: Mirror, request: Request, response: memoryview, run_ns: int
+    ) -> None:
+        """Answer, and let the candidate see what was asked and answered."""
+        slot = request.slot
+        assert slot is not None
+        if request.plan.cacheable:
+            self._send(request.connection, response, slot)
+            mirror.show(request.plan, slot, response, run_ns)  # nobody has used its memory since
+        else:  # shared memory is the client's again once it has the answer
+            mirror.show(request.plan, slot, response, run_ns)
+            self._send(request.connection, response, slot)
+
+    def _relay(self, request: Request, frame: memoryview) -> None:
+        """Answer with what the candidate answered; it is the candidate that counts it."""
+        owner = request.connection
+        owner.in_flight -= 1
+        if owner.fd < 0:
+            self._release(request.slot)
+            return
+        tail = request.request_id, _monotonic_ns() - request.read_ns
+        frames.PREFIX_TAIL.pack_into(frame, frames.PREFIX_TAIL_AT, *tail)
+        self._send(owner, frame, request.slot)
+        if owner.leaving and not owner.in_flight:
+            self._give_back(owner)
+
+    def _take_back(self, request: Request) -> None:
+        """The candidate did not answer: run it here."""
+        owner = request.connection
+        owner.in_flight -= 1
+        if owner.fd < 0:
+            self._status[page.CANCELLED] += 1
+            self._release(request.slot)
+        else:
+            self._queue(request)
 
     def _release(self, slot: Slot | None) -> None:
         if slot is None:
@@ -866,15 +932,24 @@ class Worker:
         if isinstance(message, channel.Adopt):
             self._adopt(message, fds)
         elif isinstance(message, channel.Drain):
-            self._drain()
+            self._drain(message.label)
         elif isinstance(message, channel.Promote):
-            self._active = True
+            self._promote()
+        elif isinstance(message, TRIAL_MESSAGES):
+            self._company.told(message, fds)
         else:  # Stop, or the supervisor is gone
             self._stopping = True
 
-    def _drain(self) -> None:
+    def _promote(self) -> None:
+        """Headers that name no version are ours; those that name our label so far may not be."""
+        self._labels = STABLE_LABELS
+        for plans in (self._plans, *(owner.plans for owner in self._connections.values())):
+            connection.retire(plans)
+
+    def _drain(self, label: str) -> None:
         """Give every connection back, and from now on take none that does not name our version."""
-        self._active = False
+        self._labels = frozenset({label} - {""})
+        self._company.part()
         connection.retire(self._plans)  # those without a version are not ours any more
         self._draining = set(self._connections.values())
         self._drained = 0
@@ -925,13 +1000,6 @@ class Worker:
         if self._draining is not None and not self._draining:
             self._draining = None
             channel.send(self._control, channel.Drained(self._drained))
-
-
-def _named(kind: int, header: bytes) -> tuple[str, str]:
-    if kind in (Kind.MODEL_METADATA, Kind.MODEL_READY):
-        ref = messages.decode_model_ref(header)
-        return ref.model_name, ref.model_version
-    return messages.model_name_of(header), ""
 
 
 def _hung_up(owner: Connection) -> bool:

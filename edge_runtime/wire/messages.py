@@ -64,6 +64,12 @@ class RequestedOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     parameters: TensorParameters = TensorParameters()
 
 
+class RequestParameters(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`routing_key`: whom a split between two versions is to treat alike (a user, a camera)."""
+
+    routing_key: Annotated[str, msgspec.Meta(max_length=256)] = ""
+
+
 class InferRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """OIP ModelInferRequest. No `outputs` means all; `model_version` "" means the active one."""
 
@@ -71,6 +77,7 @@ class InferRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     inputs: Annotated[tuple[TensorHeader, ...], msgspec.Meta(max_length=TENSORS_MAX)]
     model_version: str = ""
     outputs: Annotated[tuple[RequestedOutput, ...], msgspec.Meta(max_length=TENSORS_MAX)] = ()
+    parameters: RequestParameters = RequestParameters()
 
 
 class InferResponse(msgspec.Struct, frozen=True):
@@ -81,12 +88,16 @@ class InferResponse(msgspec.Struct, frozen=True):
     outputs: tuple[TensorHeader, ...]
 
 
-class RegionAdd(msgspec.Struct, frozen=True):
-    """Announces the memfd that came with this frame as region `region`."""
+class RegionAdd(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Announces the memfd that came with this frame as region `region`.
+
+    A version matters only while the connection is not at the worker that it is for.
+    """
 
     model_name: Name
     region: RegionNumber
     byte_size: Annotated[int, msgspec.Meta(gt=0, le=SIZE_MAX)]
+    model_version: str = ""
 
 
 class RegionDrop(msgspec.Struct, frozen=True):

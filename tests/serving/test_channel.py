@@ -28,6 +28,11 @@ EVERY = [
     channel.Returned(False, b"", 9, (), 0, 1, (0, 0, 0)),
     channel.Drain(),
     channel.Promote(),
+    channel.Accompany(8, 1 << 63, 1 << 20, 0.1, 0.25),
+    channel.Shares(1.0, 0.0),
+    channel.Alone(),
+    channel.Shadow(1 << 20),
+    channel.Unshadow(),
     channel.Drained(3),
     channel.Stop(),
 ]

@@ -1,0 +1,135 @@
+"""The serving worker's side of shadowing: a sample of inputs and answers goes into the ring.
+
+Law of this file: it copies and counts. It never waits, and whatever becomes of the candidate is no
+business of this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from edge_runtime.errors import RequestError
+from edge_runtime.serving import ring, routing, trial
+from edge_runtime.serving.plan import Output, Plan, Slot
+from edge_runtime.wire import messages
+from edge_runtime.wire.frames import PREFIX, PREFIX_SIZE
+
+if TYPE_CHECKING:
+    from edge_runtime.serving.ring import Buffer
+
+# Distinct request headers whose description for the candidate is remembered.
+HEADERS_MAX = 64
+_DROPPED = {
+    ring.Offer.TAKEN: trial.SHOWN,
+    ring.Offer.FULL: trial.DROPPED_FULL,
+    ring.Offer.TOO_LARGE: trial.DROPPED_LARGE,
+}
+
+
+class Mirror:
+    """Shows `share` of all answers to the candidate."""
+
+    def __init__(self, writer: ring.Writer, words: memoryview, seed: int, share: float) -> None:
+        self._writer = writer
+        self._words = words
+        self._seed = seed
+        self._limit = routing.limit_of(share)
+        self._seen = 0
+        self._headers: dict[int, bytes] = {}
+
+    def share(self, share: float) -> None:
+        """Another share."""
+        self._limit = routing.limit_of(share)
+
+    def show(self, plan: Plan, slot: Slot, response: memoryview, run_ns: int) -> None:
+        """Pass this request and its answer on, if it is of the sample.
+
+        Args:
+            response: the answer's frame; the slot still holds the inputs.
+            run_ns: of its run; 0: it did not run alone.
+        """
+        words = self._words
+        words[trial.SEEN] += 1
+        self._seen += 1
+        if routing.mix(self._seen, self._seed) >= self._limit:
+            return
+        header = self._header(plan)
+        if not header:
+            words[trial.SKIPPED] += 1
+            return
+        answer = PREFIX_SIZE + PREFIX.unpack_from(response)[5]
+        sections: Sequence[Sequence[Buffer]] = (
+            (header,),
+            input_bytes(plan, slot),
+            (response[PREFIX_SIZE:answer],),
+            (response[answer:],) if plan.cacheable else _outputs(plan, response, answer),
+        )
+        words[_DROPPED[self._writer.offer(run_ns, sections)]] += 1
+
+    def _header(self, plan: Plan) -> bytes:
+        """The request as the candidate is to understand it; empty: it cannot be shown."""
+        header = self._headers.get(plan.serial)
+        if header is None:
+            if len(self._headers) >= HEADERS_MAX:
+                self._headers.pop(next(iter(self._headers)))
+            header = self._headers[plan.serial] = _describe(plan)
+        return header
+
+
+def _describe(plan: Plan) -> bytes:
+    if any(_overwrites(output, plan) for output in plan.outputs):
+        return b""
+    try:
+        return messages.encode_header(inline_request(plan, ""))
+    except RequestError:  # too many tensors for a header of ours; the client's had fewer words
+        return b""
+
+
+def _overwrites(output: Output, plan: Plan) -> bool:
+    return output.region is not None and any(
+        given.region is output.region
+        and given.offset < output.offset + output.byte_size
+        and output.offset < given.offset + given.byte_size
+        for given in plan.inputs
+    )
+
+
+def inline_request(plan: Plan, version: str) -> messages.InferRequest:
+    """The plan's request with every tensor in the body."""
+    inputs = tuple(
+        messages.TensorHeader(
+            given.spec.name,
+            given.spec.datatype,
+            given.shape,
+            messages.TensorParameters(binary_data_size=given.byte_size),
+        )
+        for given in plan.inputs
+    )
+    wanted = tuple(messages.RequestedOutput(output.spec.name) for output in plan.outputs)
+    return messages.InferRequest(plan.names[0], inputs, version, wanted)
+
+
+def input_bytes(plan: Plan, slot: Slot) -> list[memoryview]:
+    """The tensors of a request in their order, wherever they are."""
+    if plan.cacheable:
+        return [slot.body]
+    parts = []
+    for given in plan.inputs:
+        place = slot.body if given.region is None else given.region.memory
+        parts.append(place[given.offset : given.offset + given.byte_size])
+    return parts
+
+
+def _outputs(plan: Plan, response: memoryview, body_at: int) -> list[memoryview]:
+    described = messages.decode_infer_response(response[PREFIX_SIZE:body_at]).outputs
+    parts = []
+    for output, one in zip(plan.outputs, described, strict=True):
+        if output.region is None:
+            size = one.parameters.binary_data_size or 0
+            parts.append(response[body_at : body_at + size])
+            body_at += size
+        else:
+            size = one.parameters.shared_memory_byte_size
+            parts.append(output.region.memory[output.offset : output.offset + size])
+    return parts
