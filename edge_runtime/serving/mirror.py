@@ -7,7 +7,6 @@ business of this process.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from edge_runtime.errors import RequestError
 from edge_runtime.serving import ring, routing, trial
@@ -15,12 +14,9 @@ from edge_runtime.serving.plan import Output, Plan, Slot
 from edge_runtime.wire import messages
 from edge_runtime.wire.frames import PREFIX, PREFIX_SIZE
 
-if TYPE_CHECKING:
-    from edge_runtime.serving.ring import Buffer
-
 # Distinct request headers whose description for the candidate is remembered.
 HEADERS_MAX = 64
-_DROPPED = {
+_COUNTED = {
     ring.Offer.TAKEN: trial.SHOWN,
     ring.Offer.FULL: trial.DROPPED_FULL,
     ring.Offer.TOO_LARGE: trial.DROPPED_LARGE,
@@ -58,14 +54,15 @@ class Mirror:
         if not header:
             words[trial.SKIPPED] += 1
             return
-        answer = PREFIX_SIZE + PREFIX.unpack_from(response)[5]
-        sections: Sequence[Sequence[Buffer]] = (
-            (header,),
-            input_bytes(plan, slot),
-            (response[PREFIX_SIZE:answer],),
-            (response[answer:],) if plan.cacheable else _outputs(plan, response, answer),
-        )
-        words[_DROPPED[self._writer.offer(run_ns, sections)]] += 1
+        body_at = PREFIX_SIZE + PREFIX.unpack_from(response)[5]
+        if plan.cacheable:  # everything is in the two frames
+            parts: tuple[ring.Buffer, ...] = (header, slot.body, response[PREFIX_SIZE:])
+            sizes = (len(header), plan.body_size, body_at - PREFIX_SIZE, len(response) - body_at)
+        else:
+            inputs, outputs = input_bytes(plan, slot), _outputs(plan, response, body_at)
+            parts = (header, *inputs, response[PREFIX_SIZE:body_at], *outputs)
+            sizes = (len(header), _size(inputs), body_at - PREFIX_SIZE, _size(outputs))
+        words[_COUNTED[self._writer.offer(run_ns, sizes, parts)]] += 1
 
     def _header(self, plan: Plan) -> bytes:
         """The request as the candidate is to understand it; empty: it cannot be shown."""
@@ -119,6 +116,10 @@ def input_bytes(plan: Plan, slot: Slot) -> list[memoryview]:
         place = slot.body if given.region is None else given.region.memory
         parts.append(place[given.offset : given.offset + given.byte_size])
     return parts
+
+
+def _size(parts: Sequence[memoryview]) -> int:
+    return sum(len(part) for part in parts)
 
 
 def _outputs(plan: Plan, response: memoryview, body_at: int) -> list[memoryview]:

@@ -25,6 +25,7 @@ from edge_runtime.wire import regions
 DATA = 64
 ALIGNMENT = 32
 SECTIONS = 4
+JOIN_BYTES_MAX = 8192  # small records are put together first: one copy more, many steps fewer
 _RECORD = struct.Struct("<QQ4I")  # whole length, a number, lengths of the sections
 Buffer = bytes | memoryview
 
@@ -63,27 +64,29 @@ class Writer:
         self._tail = 0
         self._bell = bell
 
-    def offer(self, number: int, sections: Sequence[Sequence[Buffer]]) -> Offer:
-        """Append a record, each section made of its parts in order. Never blocks."""
-        sizes = [sum([len(part) for part in parts]) for parts in sections]
-        need = _aligned(_RECORD.size + sum(sizes))
-        if need > self._capacity // 2:
+    def offer(self, number: int, sizes: Sequence[int], parts: Sequence[Buffer]) -> Offer:
+        """Append a record of sections of these sizes, which the parts fill in order; never waits."""
+        size = _RECORD.size + sum(sizes)
+        need = -(-size // ALIGNMENT) * ALIGNMENT
+        capacity, tail = self._capacity, self._tail
+        if need > capacity // 2:
             return Offer.TOO_LARGE
-        at = self._tail % self._capacity
-        skip = self._capacity - at if at + need > self._capacity else 0
-        if not 0 <= self._tail - self._head[0] <= self._capacity - skip - need:
+        at = tail % capacity
+        skip = capacity - at if at + need > capacity else 0
+        if not 0 <= tail - self._head[0] <= capacity - skip - need:
             return Offer.FULL
         data = self._data
         if skip:
             _RECORD.pack_into(data, at, 0, 0, 0, 0, 0, 0)
             at = 0
-        _RECORD.pack_into(data, at, need, number, *sizes)
-        end = at + _RECORD.size
-        for parts in sections:
-            for part in parts:
-                data[end : end + len(part)] = part
-                end += len(part)
-        self._tail += skip + need
+        head = _RECORD.pack(need, number, *sizes)
+        if size <= JOIN_BYTES_MAX:
+            data[at : at + size] = b"".join((head, *parts))
+        else:
+            for part in (head, *parts):
+                data[at : at + len(part)] = part
+                at += len(part)
+        self._tail = tail + skip + need
         os.eventfd_write(self._bell, 1)
         return Offer.TAKEN
 
@@ -137,7 +140,3 @@ class Reader:
         self._at = self._next
         self._head[0] = self._at
         self.waiting -= 1
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

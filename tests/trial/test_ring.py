@@ -41,8 +41,9 @@ def pair():
     os.close(one.bell)
 
 
-def sections(*data: bytes):
-    return [[one] for one in data]
+def whole(data: bytes):
+    """Sizes and parts of a record whose first section is `data`."""
+    return (len(data), 0, 0, 0), (data,)
 
 
 records = st.tuples(
@@ -60,8 +61,10 @@ def test_it_is_a_bounded_queue(steps):
         model = []
         for step in steps:
             if step is not None:
-                offer = pair.writer.offer(*step)
-                size = sum(len(part) for section in step[1] for part in section)
+                sizes = [sum(map(len, section)) for section in step[1]]
+                parts = [part for section in step[1] for part in section]
+                offer = pair.writer.offer(step[0], sizes, parts)
+                size = sum(sizes)
                 assert (offer is Offer.TOO_LARGE) == (size + 32 > (SIZE - 64) // 2 // 32 * 32)
                 if offer is Offer.TAKEN:
                     model.append((step[0], [b"".join(section) for section in step[1]]))
@@ -80,22 +83,22 @@ def test_it_is_a_bounded_queue(steps):
 
 def test_a_full_ring_takes_again_what_was_made_room_for(pair):
     taken = 0
-    while pair.writer.offer(taken, sections(b"x" * 100, b"", b"", b"")) is Offer.TAKEN:
+    while pair.writer.offer(taken, *whole(b"x" * 100)) is Offer.TAKEN:
         taken += 1
     assert taken == 25  # of 160 bytes each
     assert pair.reader.listen() == taken
     assert pair.take()[0] == 0
-    assert pair.writer.offer(taken, sections(b"x" * 100, b"", b"", b"")) is Offer.TAKEN
-    assert pair.writer.offer(99, sections(b"x" * 100, b"", b"", b"")) is Offer.FULL
+    assert pair.writer.offer(taken, *whole(b"x" * 100)) is Offer.TAKEN
+    assert pair.writer.offer(99, *whole(b"x" * 100)) is Offer.FULL
 
 
 def test_whatever_a_reader_writes_the_writer_only_finds_it_full(pair):
     head = pair.memory[:8].cast("Q")
     for wrong in (1, 1 << 40, (1 << 64) - 1):
         head[0] = wrong
-        assert pair.writer.offer(1, sections(b"a", b"", b"", b"")) is Offer.FULL
+        assert pair.writer.offer(1, *whole(b"a")) is Offer.FULL
     head[0] = 0
-    assert pair.writer.offer(1, sections(b"a", b"", b"", b"")) is Offer.TAKEN
+    assert pair.writer.offer(1, *whole(b"a")) is Offer.TAKEN
 
 
 @settings(max_examples=200, deadline=None)
@@ -138,7 +141,7 @@ def test_two_threads_lose_and_tear_nothing():
     number = 0
     while number < count and reader.is_alive():
         data = number.to_bytes(8, "little") * (number % 50)
-        if pair.writer.offer(number, sections(data, b"", b"", b"")) is Offer.TAKEN:
+        if pair.writer.offer(number, *whole(data)) is Offer.TAKEN:
             number += 1
     reader.join(20)
     assert found == list(range(count))
