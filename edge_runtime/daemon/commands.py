@@ -14,7 +14,7 @@ import msgspec
 
 from edge_runtime.daemon import exposition, memory
 from edge_runtime.daemon.trial import check_share
-from edge_runtime.errors import EdgeError, NotFoundError, RequestError
+from edge_runtime.errors import ConflictError, EdgeError, NotFoundError, RequestError
 from edge_runtime.metrics import CONTENT_TYPE
 from edge_runtime.serving import page
 
@@ -239,6 +239,12 @@ class Commands:
     async def remove(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
         """Delete an installed version that neither serves nor is the previous one."""
         arguments = _arguments(given, VersionArguments)
+        candidate = self._daemon.known(arguments.name).candidate
+        if candidate is not None and candidate.spec.version == arguments.version:
+            raise ConflictError(
+                f"{arguments.name}@{arguments.version} is the candidate",
+                remedy=f"edge-runtime shadow {arguments.name} --stop",
+            )
         freed = await self._daemon.shelf.call(
             lambda store: store.remove(arguments.name, arguments.version)
         )

@@ -65,7 +65,7 @@ class Writer:
         self._bell = bell
 
     def offer(self, number: int, sizes: Sequence[int], parts: Sequence[Buffer]) -> Offer:
-        """Append a record of sections of these sizes, which the parts fill in order; never waits."""
+        """Append a record whose sections have these sizes; the parts fill them in order."""
         size = _RECORD.size + sum(sizes)
         need = -(-size // ALIGNMENT) * ALIGNMENT
         capacity, tail = self._capacity, self._tail

@@ -347,6 +347,10 @@ def _answer(plan: Plan, names: tuple[str, str], frame: Frame) -> memoryview | No
         outputs = messages.decode_infer_response(frame.header).outputs
         if [one.name for one in outputs] != [output.spec.name for output in plan.outputs]:
             return None
+        if any(one.parameters.shared_memory_region is not None for one in outputs):
+            return None
+        if messages.body_size_of(outputs) != len(frame.body):
+            return None
         if all(output.region is None for output in plan.outputs):
             return _frame(frame.header, [frame.body])
         return _placed(plan, names, outputs, frame.body)

@@ -116,6 +116,8 @@ def test_a_candidate_is_another_installed_version_beside_one_that_serves(daemon)
     assert (both["shadow_share"], both["split_share"]) == (0.5, 0.25)
     with pytest.raises(ConflictError, match="rules@2 is the candidate"):
         daemon.control("shadow", name="rules", version=3)
+    with pytest.raises(ConflictError, match="is the candidate"):
+        daemon.control("remove", name="rules", version=2)
     daemon.control("candidate_stop", name="rules")
 
 
