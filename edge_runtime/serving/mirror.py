@@ -48,7 +48,7 @@ class Mirror:
         words = self._words
         words[trial.SEEN] += 1
         self._seen += 1
-        if routing.mix(self._seen, self._seed) >= self._limit:
+        if self._limit < routing.EVERYBODY and (routing.mix(self._seen, self._seed) >= self._limit):
             return
         header = self._header(plan)
         if not header:

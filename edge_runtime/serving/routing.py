@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 
 _MASK = (1 << 64) - 1
+EVERYBODY = 1 << 64  # the limit of a share of 1
 # Without an answer of the candidate for so long, the active version runs the request itself. A
 # client without a deadline waits that much longer, and no more.
 PATIENCE_NS_MAX = 1_000_000_000
@@ -38,7 +39,7 @@ def mix_key(key: str, seed: int) -> int:
 def limit_of(share: float) -> int:
     """What a mixed number must be below to be chosen; `share` is 0 (nobody) to 1 (everybody)."""
     assert 0 <= share <= 1
-    return round(share * (1 << 64))
+    return round(share * EVERYBODY)
 
 
 def patience_until_ns(now_ns: int, deadline_ns: int, run_ns: float) -> int:
