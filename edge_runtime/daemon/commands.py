@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edge_runtime.daemon.deployment import Change
     from edge_runtime.daemon.processes import WorkerProcess
     from edge_runtime.daemon.supervisor import Supervisor
-    from edge_runtime.store import Generation, Store
+    from edge_runtime.store import Generation, Store, Switch
 
 T = TypeVar("T", bound=msgspec.Struct)
 # Without a share: a shadow sees everything and harms nobody, a split begins small.
@@ -266,12 +266,22 @@ class Commands:
     async def models(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
         """Every installed model with its state and versions."""
         _arguments(given, NoArguments)
-        return {"models": [await self._model(name) for name in self._daemon.models()]}
+        stored = [await self._stored(name) for name in self._daemon.models()]
+        # All at one moment: what one model does and another does not must be true together.
+        known = set(self._daemon.models())
+        return {"models": [self._described(*one) for one in stored if one[0] in known]}
 
     async def _model(self, name: str) -> dict[str, Any]:
+        return self._described(*await self._stored(name))
+
+    async def _stored(self, name: str) -> tuple[str, tuple[Generation, ...], Switch]:
         shelf = self._daemon.shelf
         installed = await shelf.read(lambda store: store.generations(name))
-        switch = await shelf.read(lambda store: store.current(name))
+        return name, installed, await shelf.read(lambda store: store.current(name))
+
+    def _described(
+        self, name: str, installed: tuple[Generation, ...], switch: Switch
+    ) -> dict[str, Any]:
         by_number = {one.number: one for one in installed}
         described = self._daemon.deployment(name).describe()
         for key, number in (("active", switch.active), ("previous", switch.previous)):
