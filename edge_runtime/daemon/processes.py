@@ -25,6 +25,7 @@ from edge_runtime.events import Events
 from edge_runtime.serving import channel, health, page
 from edge_runtime.serving.health import Cause, Death
 from edge_runtime.serving.spec import WorkerSpec
+from edge_runtime.wire import sockets
 
 # An import from a slow SD card takes seconds; one that takes longer than this hangs.
 IMPORT_S_MAX = 120.0
@@ -98,7 +99,7 @@ class Line:
         """Send, or queue; the descriptors are ours from now on. False: the peer is gone."""
         fds = fds or []
         if self._sock.fileno() < 0:
-            _close_all(fds)
+            sockets.close_fds(fds)
             return False
         if not self._queue and self._try(message, fds):
             return self._sock.fileno() >= 0
@@ -115,10 +116,10 @@ class Line:
         except BlockingIOError:
             return False
         except OSError:
-            _close_all(fds)
+            sockets.close_fds(fds)
             self.close()
             return True
-        _close_all(fds)
+        sockets.close_fds(fds)
         return True
 
     def _writable(self) -> None:
@@ -155,7 +156,7 @@ class Line:
         self._loop.remove_writer(self._sock.fileno())
         self._sock.close()
         for _, fds in self._queue:
-            _close_all(fds)
+            sockets.close_fds(fds)
         self._queue.clear()
 
 
@@ -280,7 +281,7 @@ class WorkerProcess:
         if isinstance(message, channel.Returned):
             self._returned(message, fds)
             return
-        _close_all(fds)
+        sockets.close_fds(fds)
         if isinstance(message, channel.Phase):
             self.phase = message.name
         elif isinstance(message, channel.Ready):
@@ -402,7 +403,7 @@ class Template:
             await self.ended
 
     def _receive(self, message: channel.Message, fds: list[int]) -> None:
-        _close_all(fds)
+        sockets.close_fds(fds)
         if isinstance(message, channel.TemplateReady):
             self.version = message.version
             self.ready.set_result(message)
@@ -498,8 +499,3 @@ class Templates:
         """End them all."""
         living = [one for one in self._templates.values() if one.alive]
         await asyncio.gather(*(template.stop(grace_s) for template in living))
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)

@@ -237,14 +237,14 @@ class Router:
             channel.check_complete(message, fds)
         except EdgeError as error:
             self._events.emit("connection_lost", str(error), level="warning")
-            _close_all(fds)
+            sockets.close_fds(fds)
             return
         residual = channel.unpack_residual(message.residual, message.residual_size, fds)
         sock = socket.socket(fileno=fds[0])
         try:
             peer = sockets.peer_credentials(sock)
         except EdgeError:
-            _close_all(fds[1:])
+            sockets.close_fds(fds[1:])
             sock.close()
             return
         visitor = Visitor(sock, peer, own if message.own else "")
@@ -353,7 +353,7 @@ class Router:
         del visitor.buffer[: PREFIX_SIZE + prefix.header_size]
         visitor.skip = prefix.body_size
         if prefix.kind == Kind.REGION_ADD or not visitor.buffer:  # else a later frame's, perhaps
-            _close_all(visitor.stray)
+            sockets.close_fds(visitor.stray)
             visitor.stray.clear()
         visitor.woken = False
         self._say(visitor, reply)
@@ -488,7 +488,7 @@ class Router:
 
     def _drop(self, visitor: Visitor) -> None:
         self._forget(visitor)
-        _close_all([fd for _, _, fd in visitor.regions] + visitor.stray)
+        sockets.close_fds([fd for _, _, fd in visitor.regions] + visitor.stray)
         visitor.regions.clear()
         visitor.stray.clear()
         visitor.sock.close()
@@ -508,11 +508,6 @@ SERVER_ANSWERS: Mapping[Kind, Callable[[Directory], dict[str, Any]]] = {
     Kind.SERVER_LIVE: lambda _: {"live": True},
     Kind.SERVER_READY: lambda directory: {"ready": directory.ready()},
 }
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
 
 
 __all__ = ["Directory", "Router", "Visitor"]

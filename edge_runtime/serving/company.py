@@ -21,6 +21,7 @@ from edge_runtime.serving.running import Request
 from edge_runtime.serving.shadowing import POLL_S, Shadow
 from edge_runtime.serving.spec import WorkerSpec
 from edge_runtime.serving.splitting import Splitter
+from edge_runtime.wire import sockets
 
 TRIAL_MESSAGES = (
     channel.Accompany,
@@ -90,7 +91,7 @@ class Company:
 
     def _accompany(self, message: channel.Accompany, fds: list[int]) -> None:
         if len(fds) != 4:  # this process has as many descriptors as it may
-            _close_all(fds)
+            sockets.close_fds(fds)
             return
         ring_fd, bell, connection, page_fd = fds
         words = _page(page_fd)
@@ -118,7 +119,7 @@ class Company:
 
     def _follow(self, message: channel.Shadow, fds: list[int]) -> None:
         if len(fds) != 3:
-            _close_all(fds)
+            sockets.close_fds(fds)
             return
         ring_fd, bell, page_fd = fds
         words = _page(page_fd)
@@ -231,8 +232,3 @@ def _page(fd: int) -> memoryview:
     words = page.words(fd)
     os.close(fd)
     return words
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
