@@ -2,27 +2,27 @@
 
 Law of this file: the structs below are the only place where an option, its default or its reason is
 stated; the command line, the daemon and docs/config.md take them from here. It turns a YAML mapping
-into a frozen `Config` and back into rows for people; besides reading that one file it does no I/O.
-`yaml` is imported when a file is read, so that what runs without one does not pay for it.
+into a frozen `Config` and back into rows for people (how: `documents.py`); besides reading that one
+file it does no I/O.
 
 A name says its unit (`_bytes_`, `_s`, `_ms`); byte sizes may be written as text (`64 MiB`).
 """
 
 from __future__ import annotations
 
-import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from edge_runtime.errors import EdgeError, NotFoundError, UsageError
+from edge_runtime import documents
+from edge_runtime.documents import GIB, KIB, MIB, Row
+from edge_runtime.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 # A configuration of a hundred models has some 50 KiB; anything larger is not one of ours.
 FILE_BYTES_MAX = MIB
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -285,16 +285,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.models.get(name, self.workers)
 
 
-class Row(NamedTuple):
-    """One option as people see it. For models, `default` is what `workers` says."""
-
-    path: str
-    value: Any
-    default: Any
-    unit: str
-    reason: str
-
-
 def load(path: Path | None) -> Config:
     """The configuration in a YAML file; None: all defaults.
 
@@ -304,7 +294,7 @@ def load(path: Path | None) -> Config:
     """
     if path is None:
         return Config()
-    return parse(_document(_read(path), str(path)), str(path))
+    return parse(documents.parse(_read(path), str(path)), str(path))
 
 
 def parse(document: Mapping[str, Any] | None, where: str) -> Config:
@@ -318,12 +308,12 @@ def parse(document: Mapping[str, Any] | None, where: str) -> Config:
     """
     if document is None:
         return Config()
-    whole = _sized(_mapping(document, where, ""), where, "")
+    whole = documents.sized(documents.mapping(document, where, ""), where, "")
     assert isinstance(whole, dict)
     # `workers:` with all its lines commented out is a section that says nothing.
     whole = {k: value for k, value in whole.items() if value is not None or k not in _SECTIONS}
-    models = _mapping(whole.pop("models", {}), where, "models")
-    config = _convert(whole, Config, where, "")
+    models = documents.mapping(whole.pop("models", {}), where, "models")
+    config = documents.convert(whole, Config, where, "")
     workers = whole.get("workers", {})
     config = msgspec.structs.replace(
         config, models={name: _model(name, own, workers, where) for name, own in models.items()}
@@ -333,12 +323,12 @@ def parse(document: Mapping[str, Any] | None, where: str) -> Config:
 
 
 def describe(config: Config) -> list[Row]:
-    """Every option, in the file's order; of models only what differs from `workers`."""
-    rows = list(_rows(config, Config(), ""))
+    """Every option, in the file's order; of models what differs from `workers`, their default."""
+    rows = list(documents.rows(config, Config(), "", skip=("models",)))  # those over `workers`
     for name, worker in config.models.items():
         rows += [
             row
-            for row in _rows(worker, config.workers, f"models.{name}.")
+            for row in documents.rows(worker, config.workers, f"models.{name}.")
             if row.value != row.default
         ]
     return rows
@@ -368,100 +358,11 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _document(data: bytes, where: str) -> Any:
-    """The YAML document, or None for an empty file; duplicate keys are refused.
-
-    PyYAML's pure loader, on purpose: libyaml's composer recurses in C, and deep nesting ends the
-    process there; here it is a RecursionError.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen: set[Any] = set()
-            for key_node, _ in node.value:
-                key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-                if key in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark
-                    )
-                if key is not None:
-                    seen.add(key)
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(data, Loader=Loader)  # a SafeLoader: builds plain values only
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{error.problem or error}", where=f"{where}{line}") from error
-    # Not only YAMLError: impossible dates and wrong explicit tags raise what int() or dict[] raise.
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UsageError(f"is not YAML: {str(error).partition(chr(10))[0]}", where=where) from error
-    except RecursionError as error:
-        raise UsageError("is nested too deeply", where=where) from error
-
-
 # --- checking -----------------------------------------------------------------------------------
 
 _SECTIONS = frozenset(
     {"log", "access", "limits", "store", "memory", "workers", "models", "watchdog", "metrics"}
 )
-_UNITS = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB}
-_S = TypeVar("_S", bound=msgspec.Struct)
-
-
-def _mapping(value: Any, where: str, path: str) -> dict[Any, Any]:
-    if not isinstance(value, dict):
-        raise _wrong(value, where, path, "a mapping of keys to values")
-    return value
-
-
-def _wrong(value: Any, where: str, path: str, expected: str) -> UsageError:
-    # reprlib: an aliased document may be short in the file and endless when written out
-    message = f"wrong value {reprlib.repr(value)}"
-    return UsageError(message, where=_at(where, path), expected=expected)
-
-
-def _at(where: str, path: str) -> str:
-    return f"{where}: {path}" if path else where
-
-
-def _sized(value: Any, where: str, path: str) -> Any:
-    """A copy in which the text of every `*bytes*` key (`64 MiB`) is its number of bytes."""
-    if not isinstance(value, dict):
-        return value
-    copy = {}
-    for key, inner in value.items():
-        inner_path = f"{path}.{key}" if path else str(key)
-        if not isinstance(key, str):
-            raise UsageError(
-                f"the key {reprlib.repr(key)} is not text",
-                where=_at(where, path),
-                remedy="put it in quotes if it is meant so",
-            )
-        if isinstance(inner, str) and inner != "auto" and "byte" in key:
-            copy[key] = _bytes_of(inner, where, inner_path)
-        elif path.count(".") < 3:  # our keys are at most four deep; aliases may nest for ever
-            copy[key] = _sized(inner, where, inner_path)
-        else:
-            copy[key] = inner
-    return copy
-
-
-def _bytes_of(text: str, where: str, path: str) -> int:
-    digits = text.strip().rstrip("BKMGiIbkmg").strip()
-    unit = text.strip()[len(digits) :].strip().upper()
-    if not (digits.isascii() and digits.isdigit() and len(digits) < 18) or unit not in _UNITS:
-        raise _wrong(text, where, path, "bytes, such as 1048576, 64 KiB, 8 MiB or 2 GiB")
-    return int(digits) * _UNITS[unit]
-
-
-def _convert(document: dict[Any, Any], kind: type[_S], where: str, path: str) -> _S:
-    try:
-        return msgspec.convert(document, kind)
-    except msgspec.ValidationError as error:
-        raise _explained(error, document, kind, where, path) from error
 
 
 def _model(name: str, own: Any, workers: dict[str, Any], where: str) -> WorkerConfig:
@@ -470,25 +371,29 @@ def _model(name: str, own: Any, workers: dict[str, Any], where: str) -> WorkerCo
 
     path = f"models.{name}"
     if not re.fullmatch(NAME_PATTERN, name):
-        raise _wrong(name, where, path, "a model's name: a-z, 0-9, '.', '_', '-', at most 64")
-    own = _mapping({} if own is None else own, where, path)
-    _convert(own, WorkerConfig, where, path)
+        raise documents.wrong(
+            name, where, path, "a model's name: a-z, 0-9, '.', '_', '-', at most 64"
+        )
+    own = documents.mapping({} if own is None else own, where, path)
+    documents.convert(own, WorkerConfig, where, path)
     merged = {**workers, **own}
     if "restart" in own:  # its keys one by one; an access rule is replaced as a whole
         merged["restart"] = {**workers.get("restart", {}), **own["restart"]}
-    return _convert(merged, WorkerConfig, where, path)
+    return documents.convert(merged, WorkerConfig, where, path)
 
 
 def _check_together(config: Config, where: str) -> None:
     """What no single field can say."""
     if config.services:  # better refused than taken and not run
-        raise _wrong(list(config.services), where, "services", "none: this version has no services")
+        raise documents.wrong(
+            list(config.services), where, "services", "none: this version has no services"
+        )
     rules = {"access.infer": config.access.infer, "access.control": config.access.control}
     for path, worker in _workers(config):
         if worker.access is not None:
             rules[f"{path}.access"] = worker.access
         if worker.restart.backoff_initial_s > worker.restart.backoff_max_s:
-            raise _wrong(
+            raise documents.wrong(
                 worker.restart.backoff_initial_s,
                 where,
                 f"{path}.restart.backoff_initial_s",
@@ -499,7 +404,7 @@ def _check_together(config: Config, where: str) -> None:
         if rule.anyone and (rule.users or rule.groups):
             raise UsageError(
                 "admits anyone and also names users or groups",
-                where=_at(where, path),
+                where=documents.at(where, path),
                 expected="one of them",
                 remedy="remove `anyone` to admit only those who are named",
             )
@@ -515,107 +420,4 @@ def _check_cpuset(text: str, where: str, path: str) -> None:
     for part in text.split(",") if text else ():
         first, _, last = part.partition("-")
         if last and int(last) < int(first):
-            raise _wrong(text, where, path, "ranges that go upwards, such as '0-1,3'")
-
-
-# --- explaining ---------------------------------------------------------------------------------
-
-
-def _explained(
-    error: msgspec.ValidationError,
-    document: dict[Any, Any],
-    kind: type[msgspec.Struct],
-    where: str,
-    prefix: str,
-) -> EdgeError:
-    """msgspec's verdict in our words: it names the inner path (`$.restart`), we the file.
-
-    Its messages end in " - at `$PATH`"; an unknown key reads "... unknown field `KEY`".
-    """
-    text, _, tail = str(error).partition(" - at `$")
-    inner = [part for part in tail.rstrip("`").replace("[", ".[").split(".") if part]
-    path = ".".join([*([prefix] if prefix else []), *inner]).replace(".[", "[")
-    owner, meta, hint = _field(kind, inner)
-    if "unknown field `" in text:
-        key = text.partition("unknown field `")[2].rstrip("`")
-        return _unknown(key, owner, where, f"{path}.{key}" if path else key)
-    value = _value(document, inner)
-    extra = (meta.extra if meta else None) or {}
-    expected = extra.get("expected") or _expected(text, meta, hint)
-    return _wrong(value, where, path, expected)
-
-
-def _unknown(key: str, owner: type[msgspec.Struct], where: str, path: str) -> UsageError:
-    import difflib
-
-    known = owner.__struct_fields__
-    near = difflib.get_close_matches(key, known, n=1)
-    return UsageError(
-        f"unknown key {key!r}",
-        where=_at(where, path),
-        expected="" if near else "one of " + ", ".join(known),
-        remedy=f"did you mean {near[0]!r}?" if near else "",
-    )
-
-
-def _field(
-    kind: type[msgspec.Struct], parts: list[str]
-) -> tuple[type[msgspec.Struct], Meta | None, Any]:
-    """Follow a path through the structs: the last struct, and the last field's Meta and type."""
-    owner, meta, hint = kind, None, None
-    for part in parts:
-        if part.startswith("["):
-            continue
-        hint = next(field.type for field in msgspec.structs.fields(owner) if field.name == part)
-        meta, inner = _annotation(hint)
-        owner = inner or owner
-    return owner, meta, hint
-
-
-def _annotation(hint: Any) -> tuple[Meta | None, type[msgspec.Struct] | None]:
-    """The Meta of an annotation, and the struct inside it, if any."""
-    metas = [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Meta)]
-    core = getattr(hint, "__origin__", hint) if metas else hint
-    for option in (core, *getattr(core, "__args__", ())):
-        if isinstance(option, type) and issubclass(option, msgspec.Struct):
-            return (metas[0] if metas else None), option
-    return (metas[0] if metas else None), None
-
-
-def _value(document: Any, parts: list[str]) -> Any:
-    for part in parts:
-        if part.startswith("[") and part[1:-1].isdigit() and isinstance(document, list):
-            document = document[int(part[1:-1])]
-        elif isinstance(document, dict):
-            document = document.get(part)
-    return document
-
-
-def _expected(text: str, meta: Meta | None, hint: Any) -> str:
-    """From msgspec's "Expected `int` <= 19" and the bounds: an integer from 0 to 19."""
-    names = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
-    names |= {"array": "a list", "object": "a mapping of keys to values"}
-    if "enum value" in text:
-        choices = getattr(getattr(hint, "__origin__", hint), "__args__", ())
-        return "one of " + ", ".join(str(choice) for choice in choices)
-    kind = text.partition("`")[2].partition("`")[0]
-    expected = " or ".join(names.get(name, name) for name in kind.split(" | "))
-    if meta is not None and meta.ge is not None:
-        unit = (meta.extra or {}).get("unit")
-        expected += f" from {meta.ge} to {meta.le}" + (f" ({unit})" if unit else "")
-    return expected
-
-
-def _rows(struct: msgspec.Struct, default: msgspec.Struct, prefix: str) -> Iterator[Row]:
-    for field in msgspec.structs.fields(type(struct)):
-        if prefix == "" and field.name == "models":
-            continue  # described over `workers`, by the caller
-        value, usual = getattr(struct, field.name), getattr(default, field.name)
-        meta, _ = _annotation(field.type)
-        if isinstance(value, msgspec.Struct) and isinstance(usual, msgspec.Struct):
-            yield from _rows(value, usual, f"{prefix}{field.name}.")
-            continue
-        unit = str((meta.extra or {}).get("unit", "")) if meta else ""
-        plain = msgspec.to_builtins((value, usual))
-        reason = (meta and meta.description) or ""
-        yield Row(f"{prefix}{field.name}", plain[0], plain[1], unit, reason)
+            raise documents.wrong(text, where, path, "ranges that go upwards, such as '0-1,3'")

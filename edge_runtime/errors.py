@@ -8,7 +8,10 @@ the one file that imports the foreign library. Programmer errors are `assert`, n
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class EdgeError(Exception):
@@ -215,3 +218,11 @@ def from_document(document: dict[str, Any]) -> EdgeError:
         remedy=str(document.get("remedy", "")),
         retry_after_s=float(retry) if isinstance(retry, int | float) else None,
     )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The remedy for a mistyped name: "did you mean 'threads'?"; "" when no known one is near."""
+    import difflib  # only when there is an error to explain
+
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else ""

@@ -7,12 +7,11 @@ it (a template, a worker, a builder), never in the daemon.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import cast
 
 from edge_runtime.backends.protocol import Backend
-from edge_runtime.errors import BackendError, UsageError
+from edge_runtime.errors import BackendError, UsageError, did_you_mean
 
 # name -> "module:class". A class is made without arguments and must satisfy protocol.Backend.
 BACKENDS: dict[str, str] = {
@@ -20,7 +19,7 @@ BACKENDS: dict[str, str] = {
     "reference": "edge_runtime.backends.reference:Reference",
 }
 
-__all__ = ["BACKENDS", "backend"]
+__all__ = ["BACKENDS", "backend", "did_you_mean"]
 
 
 def backend(name: str) -> Backend:
@@ -34,7 +33,7 @@ def backend(name: str) -> Backend:
         raise UsageError(
             f"unknown backend {name!r}",
             expected="one of " + ", ".join(BACKENDS),
-            remedy=did_you_mean(name, list(BACKENDS)),
+            remedy=did_you_mean(name, BACKENDS),
         )
     module_name, _, class_name = BACKENDS[name].partition(":")
     try:
@@ -45,9 +44,3 @@ def backend(name: str) -> Backend:
             remedy="install edge-runtime with the extra of that backend, or numpy",
         ) from e
     return cast(Backend, getattr(module, class_name)())
-
-
-def did_you_mean(name: str, known: list[str]) -> str:
-    """ "did you mean 'threads'?", or nothing when no known name is near."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else ""

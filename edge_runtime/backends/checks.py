@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime import tensors
-from edge_runtime.backends import did_you_mean
-from edge_runtime.errors import RequestError
+from edge_runtime.errors import RequestError, did_you_mean
 from edge_runtime.tensors import TensorSpec
 
 if TYPE_CHECKING:

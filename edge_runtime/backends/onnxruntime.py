@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from edge_runtime.backends import checks, did_you_mean
+from edge_runtime.backends import checks
 from edge_runtime.backends import options as typed
 from edge_runtime.backends.protocol import Placement
-from edge_runtime.errors import BackendError, EdgeError, RequestError, UsageError
+from edge_runtime.errors import BackendError, EdgeError, RequestError, UsageError, did_you_mean
 from edge_runtime.tensors import TensorSpec
 
 if TYPE_CHECKING:

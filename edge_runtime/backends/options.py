@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from edge_runtime.backends import did_you_mean
-from edge_runtime.errors import UsageError
+from edge_runtime.errors import UsageError, did_you_mean
 
 Typed = TypeVar("Typed", bound=msgspec.Struct)
 

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 import msgspec
 import numpy as np
 
-from edge_runtime.backends import checks, did_you_mean
+from edge_runtime.backends import checks
 from edge_runtime.backends import options as typed
 from edge_runtime.backends.protocol import Placement
 from edge_runtime.clock import Clock, SystemClock
-from edge_runtime.errors import BackendError, RequestError
+from edge_runtime.errors import BackendError, RequestError, did_you_mean
 from edge_runtime.tensors import DATATYPES, TensorSpec
 
 if TYPE_CHECKING:

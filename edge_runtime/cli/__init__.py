@@ -14,7 +14,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edge_runtime.errors import EdgeError, InternalError, StorageError, UsageError
+from edge_runtime.errors import EdgeError, InternalError, StorageError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     import argparse
@@ -127,14 +127,9 @@ def parse(before: list[str], name: str, after: list[str]) -> tuple[Any, argparse
 
 
 def _no_such_command(name: str) -> UsageError:
-    import difflib
-
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    return UsageError(
-        f"there is no command {name!r}",
-        expected="" if near else "one of " + ", ".join(COMMANDS),
-        remedy=f"did you mean {near[0]!r}?" if near else "",
-    )
+    near = did_you_mean(name, COMMANDS)
+    expected = "" if near else "one of " + ", ".join(COMMANDS)
+    return UsageError(f"there is no command {name!r}", expected=expected, remedy=near)
 
 
 def _without_command(words: list[str]) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.cli import arguments as args
 from edge_runtime.cli import output
-from edge_runtime.errors import BundleError, NotFoundError, StorageError, UsageError
+from edge_runtime.errors import BundleError, NotFoundError, StorageError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     import argparse
@@ -142,8 +142,6 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 def _preprocess(words: list[str] | None) -> Preprocess | None:
     """`key=value` words as a Preprocess; numbers as text become numbers, commas make lists."""
-    import difflib
-
     import msgspec
 
     from edge_runtime.bundle.manifest import Preprocess
@@ -154,12 +152,11 @@ def _preprocess(words: list[str] | None) -> Preprocess | None:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or key not in Preprocess.__struct_fields__:
-            near = difflib.get_close_matches(key, Preprocess.__struct_fields__, n=1)
             raise UsageError(
                 f"{word!r} is no KEY=VALUE of pre-processing",
                 where="--preprocess",
                 expected="one of " + ", ".join(Preprocess.__struct_fields__),
-                remedy=f"did you mean {near[0]!r}?" if near else "",
+                remedy=did_you_mean(key, Preprocess.__struct_fields__),
             )
         values[key] = value.split(",") if key in ("mean", "std") else value
     try:

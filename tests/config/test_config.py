@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime import config
+from edge_runtime import config, documents
 from edge_runtime.errors import EdgeError, NotFoundError, UsageError
 
 
@@ -183,7 +183,7 @@ def test_what_is_no_configuration_is_refused_and_nothing_else(tmp_path: Path, te
 @given(st.text(alphabet=st.sampled_from("abn:{}[]&*!<?-|>'\"\n\t #019.~%@,"), max_size=60))
 def test_any_text_is_a_configuration_or_a_clear_refusal(text: str) -> None:
     try:
-        config.parse(config._document(text.encode(), "fuzz"), "fuzz")
+        config.parse(documents.parse(text.encode(), "fuzz"), "fuzz")
     except EdgeError as error:
         assert error.where.startswith("fuzz")
 
