@@ -1,6 +1,6 @@
 """Which workers stay in memory: who must go for a newcomer, and who has not been asked for long.
 
-Law of this file: pure. Sizes and times in, names out; who drains and stops is `deployment`, who
+Law of this file: pure. Sizes and times in, names out; who drains and stops is `crew`, who
 waits for room is `room`.
 """
 

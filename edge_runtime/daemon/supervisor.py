@@ -23,6 +23,7 @@ from edge_runtime.daemon.access import Access, resolve
 from edge_runtime.daemon.commands import Commands
 from edge_runtime.daemon.control import ControlServer
 from edge_runtime.daemon.deployment import Deployment
+from edge_runtime.daemon.parts import Parts
 from edge_runtime.daemon.processes import Reaper, Templates, WorkerProcess
 from edge_runtime.daemon.room import Room
 from edge_runtime.daemon.router import Router
@@ -243,14 +244,16 @@ class Supervisor:
         deployment = self._deployments.get(name)
         if deployment is None:
             deployment = Deployment(
-                name,
-                self.shelf,
-                self.templates,
-                self.config,
-                self.events,
-                self.clock,
-                lambda message, fds: self.router.take_back(message, fds, name),
-                self._room.make,
+                Parts(
+                    name=name,
+                    shelf=self.shelf,
+                    templates=self.templates,
+                    config=self.config,
+                    events=self.events,
+                    clock=self.clock,
+                    returned=lambda message, fds: self.router.take_back(message, fds, name),
+                    make_room=self._room.make,
+                )
             )
             self._deployments[name] = deployment
         self._listen_for(name)

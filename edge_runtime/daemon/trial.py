@@ -1,7 +1,7 @@
 """A candidate beside the version that serves: what the supervisor holds of it.
 
 Law of this file: it makes the memory and the connection that the two workers share, hands them out,
-and reads the counts. When a trial begins and ends is `deployment`'s. Nothing of it is on disk: a
+and reads the counts. When a trial begins and ends is `candidate`'s. Nothing of it is on disk: a
 daemon that starts again has no candidate.
 """
 
