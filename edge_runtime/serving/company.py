@@ -1,8 +1,8 @@
 """A worker that is not alone: the trial's other version, as its loop sees it.
 
 Law of this file: it holds what a trial needs on either side (mirror and splitter of the serving
-worker, shadow of the candidate), registers their descriptors, and says what the loop is to do. What
-a worker does without a trial does not come here.
+worker, shadow of the candidate), registers their descriptors, says what the loop is to do, and
+answers what the candidate answered. What a worker does without a trial does not come here.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from edge_runtime.clock import monotonic_ns
 from edge_runtime.errors import EdgeError
 from edge_runtime.serving import channel, page, ring
 from edge_runtime.serving.mirror import Mirror
+from edge_runtime.serving.peers import Peers
 from edge_runtime.serving.plan import Planner
 from edge_runtime.serving.running import Request
 from edge_runtime.serving.shadowing import POLL_S, Shadow
+from edge_runtime.serving.slots import Slots
 from edge_runtime.serving.spec import WorkerSpec
 from edge_runtime.serving.splitting import Splitter
-from edge_runtime.wire import sockets
+from edge_runtime.wire import frames, sockets
 
 TRIAL_MESSAGES = (
     channel.Accompany,
@@ -47,20 +49,21 @@ class Company:
         spec: WorkerSpec,
         planner: Planner,
         status: memoryview,
-        answer: Callable[[Request, memoryview], None],
+        peers: Peers,
+        slots: Slots,
         run_here: Callable[[Request], None],
     ) -> None:
         """See above.
 
         Args:
-            answer: sends the client a frame of the candidate's.
             run_here: queues a request that the candidate did not answer.
         """
         self._epoll = epoll
         self._spec = spec
         self._planner = planner
         self._status = status
-        self._answer = answer
+        self._peers = peers
+        self._slots = slots
         self._run_here = run_here
         self.active = False
         self.mirror: Mirror | None = None
@@ -193,9 +196,49 @@ class Company:
     def _settle(self, outcomes: list[tuple[Request, memoryview | None]]) -> None:
         for request, frame in outcomes:
             if frame is None:
-                self._run_here(request)
+                self._take_back(request)
             else:
-                self._answer(request, frame)
+                self._relay(request, frame)
+
+    def takes(self, request: Request, run_ns: float) -> bool:
+        """Whether the candidate answers this request; `run_ns`: what a run takes here."""
+        if self.splitter is None or not self.splitter.takes(request, run_ns):
+            return False
+        request.connection.in_flight += 1
+        return True
+
+    def _relay(self, request: Request, frame: memoryview) -> None:
+        """Answer with what the candidate answered; it is the candidate that counts it."""
+        owner = request.connection
+        owner.in_flight -= 1
+        if owner.fd < 0:
+            self._slots.release(request.slot)
+            return
+        tail = request.request_id, monotonic_ns() - request.read_ns
+        frames.PREFIX_TAIL.pack_into(frame, frames.PREFIX_TAIL_AT, *tail)
+        self._peers.send(owner, frame, request.slot)
+        self._peers.settle(owner)
+
+    def _take_back(self, request: Request) -> None:
+        """The candidate did not answer: run it here."""
+        owner = request.connection
+        owner.in_flight -= 1
+        if owner.fd < 0:
+            self._status[page.CANCELLED] += 1
+            self._slots.release(request.slot)
+        else:
+            self._run_here(request)
+
+    def send_and_show(self, request: Request, response: memoryview, run_ns: int) -> None:
+        """Answer, and let the candidate see what was asked and answered."""
+        slot, mirror = request.slot, self.mirror
+        assert slot is not None and mirror is not None
+        if request.plan.cacheable:
+            self._peers.send(request.connection, response, slot)
+            mirror.show(request.plan, slot, response, run_ns)  # nobody has used its memory since
+        else:  # shared memory is the client's again once it has the answer
+            mirror.show(request.plan, slot, response, run_ns)
+            self._peers.send(request.connection, response, slot)
 
     def turn(self, idle: bool) -> None:
         """Once a turn of the loop; `idle`: no request of a client waits or runs."""
@@ -204,7 +247,7 @@ class Company:
             self._shadow_turn(self._shadow, now_ns)
         if self.splitter is not None and self.splitter.waiting:
             for request in self.splitter.late(now_ns):
-                self._run_here(request)
+                self._take_back(request)
             self._close_when_done()
 
     def _shadow_turn(self, shadow: Shadow, now_ns: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from edge_runtime.backends.protocol import Placement
 from edge_runtime.errors import EdgeError, RequestError
-from edge_runtime.serving import channel, page, plan
+from edge_runtime.serving import admission, channel, intake, page, peers, plan, worker
 from edge_runtime.serving.connection import Connection
 from edge_runtime.serving.spec import Limits, WorkerSpec
 from edge_runtime.serving.worker import Worker
@@ -33,6 +33,8 @@ NAME = "m"
 X = TensorSpec("x", "FP32", (-1, WIDTH))
 Y = TensorSpec("y", "FP32", (-1, WIDTH))
 ANSWER_S_MAX = 10.0  # of waiting for a runner thread
+# The modules whose `_monotonic_ns` is the clock of a worker.
+CLOCKED = (worker, intake, admission, peers)
 
 
 def double_plus_one(inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -323,7 +325,7 @@ class Rig:
             return
 
     def connections(self) -> list[Connection]:
-        return list(self.worker._connections.values())
+        return list(self.worker._peers.by_fd.values())
 
     def client(self, *, buffer_bytes: int = 0) -> Client:
         """A new connection, adopted; `buffer_bytes`: of the worker's send buffer."""
@@ -387,8 +389,8 @@ class Rig:
             for _, fds in self.told():
                 close_all(fds)
         for owner in self.connections():
-            self.worker._close(owner)
-        used = self.worker._slot_bytes_used
+            self.worker._peers.close(owner)
+        used = self.worker._slots.used_bytes
         runners = self.worker._runners
         self.worker._epoll.close()
         if runners:

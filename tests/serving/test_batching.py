@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.errors import BackendError, RequestError
-from edge_runtime.serving import batching, channel, page, running
+from edge_runtime.serving import batching, channel, page, running, slots
 from edge_runtime.serving import worker as loop
 from edge_runtime.serving.batching import measure
 from edge_runtime.tensors import TensorSpec
@@ -21,6 +21,7 @@ from edge_runtime.wire import messages
 from edge_runtime.wire.frames import Kind
 
 from .rig import (
+    CLOCKED,
     NAME,
     WIDTH,
     Array,
@@ -368,7 +369,7 @@ def test_batch_memory_at_rest_is_bounded(build: Build, monkeypatch: pytest.Monke
             client.send(infer(np.ones((1, width), np.float32)))
         assert [client.answers()[0].array()[0] for client in clients] == [width] * 2
     assert len(rig.worker._batches._resting) == batching.KEYS_MAX
-    monkeypatch.setattr(loop, "IDLE_SLOT_BYTES_MAX", 100)
+    monkeypatch.setattr(slots, "IDLE_BYTES_MAX", 100)
     rig.worker._sweep(0)
     assert rig.worker._batches.resting_bytes == 0
 
@@ -393,7 +394,7 @@ class Time:
         self.now_ns = self.began_ns = 1_000_000_000
         self.dozes_s: list[float] = []
         self.then: Callable[[], object] = lambda: None  # what happens during the next sleep
-        for module in (loop, running):
+        for module in (*CLOCKED, running):
             monkeypatch.setattr(module, "_monotonic_ns", lambda: self.now_ns)
         monkeypatch.setattr(loop, "_doze", self._doze)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from edge_runtime.serving import worker as loop
+from edge_runtime.serving import admission, intake
 
 from .rig import WIDTH, Rig
 from .rig import infer as frame_of
@@ -30,8 +30,8 @@ def test_a_body_that_does_not_come_gives_way_when_memory_is_short(
     rig.settle()
     honest.send(whole)
     assert [answer.code for answer in honest.answers()] == ["overloaded"]
-    now_ns = loop._monotonic_ns
-    monkeypatch.setattr(loop, "_monotonic_ns", lambda: now_ns() + 2 * loop.BODY_NS_MAX)
+    now_ns = admission._monotonic_ns
+    monkeypatch.setattr(admission, "_monotonic_ns", lambda: now_ns() + 2 * admission.BODY_NS_MAX)
     honest.send(whole)
     assert [answer.code for answer in honest.answers()] == [""]
     silent.answers()
@@ -46,8 +46,8 @@ def test_a_body_that_takes_its_time_is_left_alone_while_there_is_room(
     frame = infer(1.0, 1, rows=300)
     slow.send(frame[:-8])
     rig.settle()
-    now_ns = loop._monotonic_ns
-    monkeypatch.setattr(loop, "_monotonic_ns", lambda: now_ns() + 2 * loop.BODY_NS_MAX)
+    now_ns = admission._monotonic_ns
+    monkeypatch.setattr(admission, "_monotonic_ns", lambda: now_ns() + 2 * admission.BODY_NS_MAX)
     other.send(infer(2.0, 2, rows=300))
     assert [answer.code for answer in other.answers()] == [""]
     slow.send(frame[-8:])
@@ -57,10 +57,10 @@ def test_a_body_that_takes_its_time_is_left_alone_while_there_is_room(
 def test_headers_too_long_to_be_remembered_are_served_all_the_same(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "HEADER_KEPT_MAX", 8)
+    monkeypatch.setattr(intake, "HEADER_KEPT_MAX", 8)
     rig = build()
     client = rig.client()
     for value in (1.0, 2.0, 3.0):
         client.send(infer(value, int(value)))
         assert [answer.code for answer in client.answers()] == [""]
-    assert rig.worker._plans == {}
+    assert rig.worker._intake.plans == {}

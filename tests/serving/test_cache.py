@@ -196,7 +196,7 @@ def test_hits_of_a_client_that_leaves_hold_nothing_and_a_drain_comes_after_them(
     rig.settle()
     assert [len(message.residual) for message, fds in rig.drain() if not close_all(fds)] == [0]
     assert [answer.code for answer in client.answers()] == [""] * 3
-    assert rig.worker._slot_bytes_used == 0
+    assert rig.worker._slots.used_bytes == 0
 
 
 def test_no_cache_unless_it_is_asked_for(build: Build) -> None:

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.serving import page
-from edge_runtime.serving import worker as loop
+from edge_runtime.serving import admission, page
 from edge_runtime.serving.waiting import Line
 
 from .rig import WIDTH, Client, NumpyModel, Rig, infer
@@ -43,7 +42,7 @@ def test_a_single_request_waits_for_one_turn_of_a_client_that_pipelines(build: B
 def test_it_waits_no_longer_when_the_others_are_half_done(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "RUN_SHARE", 0, raising=False)  # read after every run
+    monkeypatch.setattr(admission, "RUN_SHARE", 0)  # read after every run
 
     def then(inputs: Any) -> Any:
         if inputs["x"][0, 0] == 30:
@@ -115,7 +114,7 @@ def test_when_the_queue_is_full_the_heaviest_clients_last_request_makes_way(buil
     modest.send(infer(100.0, 100))
     assert codes(modest) == {100: ""}
     assert codes(greedy) == {1: "", 2: "", 3: "", 4: "overloaded"}
-    assert rig.status[page.REFUSED] == 1 and rig.worker._slot_bytes_used == 0
+    assert rig.status[page.REFUSED] == 1 and rig.worker._slots.used_bytes == 0
 
 
 def test_among_equals_who_came_first_stays(build: Build) -> None:
@@ -192,7 +191,7 @@ def test_who_makes_way_may_be_gone(build: Build, limit: dict[str, int], own: boo
     leaver.close()
     rig.settle()
     assert codes(stayer) == ({} if own else {9: ""})
-    assert rig.worker._slot_bytes_used == 0 and not rig.worker._pending
+    assert rig.worker._slots.used_bytes == 0 and not rig.worker._pending
     assert stayer.ask(infer(1.0)).code == "" and len(rig.connections()) == 1
 
 
@@ -206,7 +205,7 @@ def test_half_a_newcomer_of_a_client_that_is_gone_holds_nothing(
     leaver.send(many(range(1, 4)) + newcomer[:-10])
     leaver.close()
     rig.settle()
-    assert rig.worker._slot_bytes_used == 0 and not rig.connections()
+    assert rig.worker._slots.used_bytes == 0 and not rig.connections()
 
 
 # --- any mix --------------------------------------------------------------------------------------
@@ -264,7 +263,7 @@ def test_of_any_mix_nothing_is_lost_or_doubled_and_the_bounds_hold(
         assert set(got.values()) <= {"", "overloaded"}
         refused = sum(code == "overloaded" for code in got.values())
         assert rig.status[page.REFUSED] == refused or leaves
-        assert not rig.worker._pending and not rig.worker._slot_bytes_used
+        assert not rig.worker._pending and not rig.worker._slots.used_bytes
 
 
 ACTIONS = ["put", "pop", "last", "gone"]

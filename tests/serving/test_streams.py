@@ -131,7 +131,7 @@ def handed_over(stream: Stream, cuts: list[int], runners: int = 0) -> Seen:
                 break
             rigs.append(Rig(runners=runners))
             rigs[-1].take_over(rigs[-2], rigs[-2].drain())
-            assert rigs[-2].worker._slot_bytes_used == 0
+            assert rigs[-2].worker._slots.used_bytes == 0
             assert rigs[-2].connections() == []
         answers = seen(client.answers())
         assert all(len(o.buffer) <= BUFFER_SIZE_MAX for o in rigs[-1].connections())
@@ -301,7 +301,7 @@ def test_whatever_clients_do_every_slot_and_descriptor_comes_back(
     rig.settle()
     held = [owner for owner in rig.connections() if owner.receiving or owner.outbox]
     if not held:
-        assert rig.worker._slot_bytes_used == 0
+        assert rig.worker._slots.used_bytes == 0
     rig.close()  # says that no slot is left in use
     assert rig.status[page.CONNECTIONS] == rig.status[page.WAITING] == 0
     assert all(not owner.in_flight for owner in rig.connections())

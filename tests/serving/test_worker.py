@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from edge_runtime.errors import BackendError
-from edge_runtime.serving import channel, connection, page
-from edge_runtime.serving import worker as loop
+from edge_runtime.serving import channel, connection, intake, page, peers, slots
 from edge_runtime.tensors import TensorSpec
 from edge_runtime.wire import frames, messages
 from edge_runtime.wire.frames import Kind
 
 from .rig import (
+    CLOCKED,
     NAME,
     WIDTH,
     Gate,
@@ -44,7 +44,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_ns = 1_000_000_000
-        monkeypatch.setattr(loop, "_monotonic_ns", lambda: self.now_ns)
+        for module in CLOCKED:
+            monkeypatch.setattr(module, "_monotonic_ns", lambda: self.now_ns)
 
     def advance_s(self, seconds: float) -> None:
         self.now_ns += round(seconds * 1e9)
@@ -143,7 +144,7 @@ def test_a_backend_that_cannot_bind_is_an_answer_and_nothing_is_kept(build: Buil
     model.bind = lambda inputs, outputs: 1 // 0  # type: ignore[method-assign]
     rig = build(model)
     assert rig.client().ask(infer(1.0)).code == "internal"
-    assert rig.worker._slot_bytes_used == 0
+    assert rig.worker._slots.used_bytes == 0
 
 
 def test_metadata_and_readiness_are_answered(build: Build) -> None:
@@ -290,7 +291,7 @@ def test_the_queue_is_bounded_in_bytes_of_requests_and_responses(build: Build) -
     client.send(b"".join(infer(float(n), n) for n in range(1, 7)))
     codes = {a.request_id: a.code for a in client.answers()}
     assert [codes[n] for n in range(1, 7)] == ["", "", "", "", "overloaded", "overloaded"]
-    assert rig.worker._slot_bytes_used == 0
+    assert rig.worker._slots.used_bytes == 0
 
 
 def test_what_can_never_fit_the_queue_is_too_large_and_not_to_be_retried(build: Build) -> None:
@@ -309,12 +310,12 @@ def test_an_output_of_terabytes_is_refused_before_any_memory_is_asked_for(build:
 def test_plans_are_bounded_and_an_old_one_gives_its_memory_back_at_once(build: Build) -> None:
     rig = build()
     client = rig.client()
-    for rows in range(1, loop.PLANS_MAX + 20):
+    for rows in range(1, intake.PLANS_MAX + 20):
         assert client.ask(infer(np.zeros((rows, WIDTH), np.float32))).code == ""
         if rows == 1:
-            first = weakref.ref(next(iter(rig.worker._plans.values())).free[0].body.obj)
+            first = weakref.ref(next(iter(rig.worker._intake.plans.values())).free[0].body.obj)
             gc.disable()  # only the cycle collector would find what is not let go
-    assert len(rig.worker._plans) == loop.PLANS_MAX
+    assert len(rig.worker._intake.plans) == intake.PLANS_MAX
     gone = first() is None
     gc.enable()
     assert gone
@@ -328,7 +329,7 @@ def test_memory_at_rest_is_bounded_between_sweeps_too(build: Build) -> None:
     for rows in range(20):
         assert not client.ask(infer(np.zeros((250_000 + rows, WIDTH), np.float32))).code  # 8 MB
         most = max(most, _resting(rig))
-    assert most <= loop.IDLE_SLOT_BYTES_MAX + 2 * 8_100_000
+    assert most <= slots.IDLE_BYTES_MAX + 2 * 8_100_000
     assert most > 2 * 8_000_000, "and slots do rest"
 
 
@@ -341,14 +342,14 @@ def test_a_sweep_gives_much_memory_at_rest_back(build: Build, clock: Clock) -> N
     assert not client.ask(infer(1.0)).code
     clock.advance_s(2)
     assert not client.ask(infer(1.0)).code
-    assert _resting(rig) <= loop.IDLE_SLOT_BYTES_MAX
+    assert _resting(rig) <= slots.IDLE_BYTES_MAX
     for rows in (1_000, 2_000):
         client.ask(infer(np.zeros((rows, WIDTH), np.float32)))
     assert _resting(rig) >= 3_000 * WIDTH * 4 * 2, "and what comes later rests again"
 
 
 def _resting(rig: Rig) -> int:
-    every = [rig.worker._plans, *(owner.plans for owner in rig.connections())]
+    every = [rig.worker._intake.plans, *(owner.plans for owner in rig.connections())]
     return sum(p.slot_bytes * len(p.free) for plans in every for p in plans.values())
 
 
@@ -400,13 +401,13 @@ def test_a_client_that_takes_no_answer_is_closed_after_a_while(build: Build, clo
     client = rig.client(buffer_bytes=4096)
     client.send(infer(np.zeros((50_000, WIDTH), np.float32)))
     rig.settle()
-    clock.advance_s(loop.STALL_S_MAX - 1)
+    clock.advance_s(peers.STALL_S_MAX - 1)
     rig.client().ask(infer(1.0))
     assert len(rig.connections()) == 2
     clock.advance_s(2)
     rig.client().ask(infer(1.0))
     assert len(rig.connections()) == 2, "the two that only asked"
-    assert rig.worker._slot_bytes_used == 0
+    assert rig.worker._slots.used_bytes == 0
 
 
 @pytest.mark.parametrize("size", [1, 31, 40, 200, 100_000])
@@ -415,10 +416,10 @@ def test_half_a_frame_is_closed_after_a_while(build: Build, clock: Clock, size: 
     whole = infer(np.zeros((50_000, WIDTH), np.float32))
     client = rig.client().send(whole[:size])
     rig.settle()
-    clock.advance_s(loop.STALL_S_MAX + 2)
+    clock.advance_s(peers.STALL_S_MAX + 2)
     rig.client().ask(infer(1.0))
     client.answers()
-    assert client.closed and rig.worker._slot_bytes_used == 0
+    assert client.closed and rig.worker._slots.used_bytes == 0
 
 
 def test_half_a_frame_behind_an_answer_taken_late_is_closed_after_a_while(
@@ -429,7 +430,7 @@ def test_half_a_frame_behind_an_answer_taken_late_is_closed_after_a_while(
     batch = infer(np.zeros((400, WIDTH), np.float32))
     client.send(batch + batch + infer(1.0)[:20])  # all of it in one read
     assert len(client.answers()) == 2
-    clock.advance_s(loop.STALL_S_MAX + 2)
+    clock.advance_s(peers.STALL_S_MAX + 2)
     rig.client().ask(infer(1.0))
     client.answers()
     assert client.closed
@@ -440,7 +441,7 @@ def test_an_idle_connection_is_never_closed(build: Build, clock: Clock) -> None:
     client = rig.client()
     assert not client.ask(infer(1.0)).code
     for _ in range(5):
-        clock.advance_s(loop.STALL_S_MAX * 10)
+        clock.advance_s(peers.STALL_S_MAX * 10)
         rig.client().ask(infer(1.0))
     assert client.ask(infer(2.0)).array()[0, 0] == 5
 
@@ -474,7 +475,7 @@ def test_a_client_that_leaves_has_its_waiting_requests_forgotten(build: Build) -
     rig.stepper.stalled = False
     assert stayer.answers()[0].array()[0, 0] == 19
     assert rig.model.ran == [1.0, 9.0]
-    assert rig.worker._slot_bytes_used == 0 and rig.status[page.WAITING] == 0
+    assert rig.worker._slots.used_bytes == 0 and rig.status[page.WAITING] == 0
 
 
 @pytest.mark.parametrize("size", [0, 1, 32, 100, 250, 70_000])
@@ -486,7 +487,7 @@ def test_a_client_may_leave_at_any_point_of_a_frame(build: Build, size: int) -> 
     client.close()
     rig.settle()
     assert rig.connections() == [] and rig.status[page.CONNECTIONS] == 0
-    assert rig.worker._slot_bytes_used == 0
+    assert rig.worker._slots.used_bytes == 0
     assert rig.client().ask(infer(1.0)).array()[0, 0] == 3
 
 
@@ -497,7 +498,7 @@ def test_a_client_that_shuts_its_writing_end_before_its_answers_is_closed_not_se
     client = rig.client().send(infer(1.0))
     client.sock.shutdown(socket.SHUT_WR)
     client.answers()
-    assert rig.connections() == [] and rig.worker._slot_bytes_used == 0
+    assert rig.connections() == [] and rig.worker._slots.used_bytes == 0
 
 
 # --- descriptors and regions ----------------------------------------------------------------------
@@ -631,7 +632,7 @@ def test_descriptors_that_nobody_asked_for_end_a_connection_that_goes_on_sending
     client = rig.client()
     fd = memfd()
     before = len(open_descriptors())
-    for _ in range(loop.STRAY_MAX):
+    for _ in range(intake.STRAY_MAX):
         assert not client.ask(infer(1.0), [fd]).code
     client.send(infer(1.0), [fd])
     client.answers()
@@ -697,7 +698,7 @@ def test_a_connection_for_another_model_version_or_server_goes_back_unread(build
         ((message, fds),) = rig.returned()
         close_all(fds)
         assert message.residual == frame + infer(2.0, 6)
-        assert rig.connections() == [] and rig.worker._slot_bytes_used == 0
+        assert rig.connections() == [] and rig.worker._slots.used_bytes == 0
 
 
 def test_a_connection_whose_descriptors_were_lost_is_dropped_and_nothing_leaks(
@@ -755,12 +756,12 @@ def test_the_end_of_a_leaving_client_is_noticed_and_its_bytes_fill_nothing(build
     client.close()
     rig.settle()
     assert rig.connections() == []
-    assert rig.worker._slot_bytes_used, "at once: its run goes on"
+    assert rig.worker._slots.used_bytes, "at once: its run goes on"
     assert [m for m, _ in rig.told() if isinstance(m, channel.Drained)]
     gate.open.set()
     rig.stepper.stalled = False
     rig.settle()
-    assert rig.worker._slot_bytes_used == 0
+    assert rig.worker._slots.used_bytes == 0
 
 
 def test_a_number_taken_again_in_the_same_turn_is_another_connection(build: Build) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime.serving import connection, page
-from edge_runtime.serving import worker as loop
+from edge_runtime.serving import connection, intake, page
 from edge_runtime.wire import frames
 from edge_runtime.wire.frames import PREFIX, Kind
 
@@ -122,14 +121,14 @@ def test_hostile_streams_never_end_or_fatten_a_worker(runners: int) -> None:
     for number in range(STREAMS):
         _attack(rig, rng)
         assert len(rig.connections()) == 1, "only the bystander is left"
-        assert rig.worker._slot_bytes_used == 0, number
+        assert rig.worker._slots.used_bytes == 0, number
         if number % 100 == 0:
             answer = bystander.ask(infer(float(number)))
             assert answer.array()[0, 0] == 2 * number + 1
         if number == STREAMS // 3:
             resident = _resident_bytes()
     assert len(open_descriptors()) == before
-    assert len(rig.worker._plans) <= loop.PLANS_MAX
+    assert len(rig.worker._intake.plans) <= intake.PLANS_MAX
     assert _resident_bytes() - resident < GROWTH_BYTES_MAX
     assert rig.status[page.REQUESTS] > 100 and rig.status[page.ERRORS] > 100, "both were reached"
     rig.close()
