@@ -1,8 +1,9 @@
 """The door to onnxruntime.
 
 Law of this file: the only one that imports onnxruntime, and it imports it when a version or a load
-is asked for, not before. Every exception of the library becomes ours here, once. It makes no thread
-and no session before `load`: a template may call `version()` and fork.
+is asked for, not before. Every exception of the library becomes ours here, once. Before `load` it
+makes no thread, and no session but the one that `prepare` throws away: a template may call
+`version()` and `prepare()` and fork (it counts its threads, see `serving.template`).
 
 Source of what is relied on: onnxruntime's Python API documentation (InferenceSession, IOBinding)
 and `onnxruntime_session_options_config_keys.h`; tried with 1.32. Three traps are met on purpose:
@@ -119,6 +120,13 @@ _DATATYPES = {
 }
 _BFLOAT16_ELEMENT_TYPE = 16  # TensorProto.BFLOAT16 of the ONNX specification: not in numpy
 
+# y = x, [1] FP32, opset 13: what `prepare` loads. Built with onnx.helper; as small as a model gets.
+_IDENTITY = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01g'
+    b"Z\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01"
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x02\x10\r"
+)
+
 _RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"  # older libraries ignore it
 _ERROR_SIZE_MAX = 600  # characters of a library's message: it may quote whole graphs
 
@@ -127,11 +135,22 @@ class OnnxRuntime:
     """onnxruntime as a backend."""
 
     name = "onnxruntime"
-    fork_safe = True  # no thread or arena exists before the first session
+    fork_safe = True  # no thread exists before the first session that asks for some
 
     def version(self) -> str:
         """Imports the library. Raises: BackendError."""
         return str(_library().__version__)
+
+    def prepare(self) -> None:
+        """A session with one thread, run once and dropped: the first of a process makes 2 MiB of
+        tables and allocators that forks then share. Raises: BackendError.
+        """
+        given = np.zeros(1, np.float32)
+        try:
+            _session(_IDENTITY, Options()).run(None, {"x": given})
+        except _foreign() as e:
+            raise _failure("prepare", e) from e
+        _give_back_memory()
 
     def load(self, artifact: Path, options: Mapping[str, Any]) -> OnnxModel:
         """One .onnx or .ort file as a session of its own. Raises: UsageError, BackendError."""
@@ -292,12 +311,12 @@ def _failure(doing: str, error: Exception) -> EdgeError:
     return BackendError(f"onnxruntime failed to {doing}: {text}")
 
 
-def _session(artifact: Path, options: Options) -> Any:
+def _session(artifact: Path | bytes, options: Options) -> Any:
     library = _library()
     chosen = [_as_provider(choice) for choice in options.providers]
     try:
         return library.InferenceSession(
-            str(artifact),
+            artifact if isinstance(artifact, bytes) else str(artifact),
             sess_options=_session_options(library, options),
             providers=[provider.name for provider in chosen],
             provider_options=[provider.options for provider in chosen],
@@ -306,7 +325,7 @@ def _session(artifact: Path, options: Options) -> Any:
     except _foreign() as e:
         raise BackendError(
             f"onnxruntime {library.__version__} refuses the artifact: {_brief(e)}",
-            where=str(artifact),
+            where=str(artifact) if isinstance(artifact, Path) else "",
         ) from e
 
 

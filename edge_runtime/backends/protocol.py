@@ -1,4 +1,5 @@
-"""What a backend must be: two small protocols, five verbs together with their attributes.
+"""What a backend must be: two small protocols, five verbs together with their attributes; and one
+verb more that a backend may have.
 
 Law of this file: no backend library is imported here, and nothing here knows which ones exist (the
 table is in `backends/__init__.py`). A backend runs inside a worker process, or in a builder's; it
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import msgspec
 
@@ -84,4 +85,17 @@ class Backend(Protocol):
         Raises:
             UsageError: an unknown option (nearest match named) or a wrong value.
             BackendError: the library refused the artifact.
+        """
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """What a fork-safe backend may have besides: work that every worker would do again."""
+
+    def prepare(self) -> None:
+        """Make what the library makes once per process, so that forks share it.
+
+        Called in a template, after `version`, before the first fork of a worker. It must leave no
+        thread behind (threads do not survive a fork) and hold nothing of a user's. The template
+        tries it in a child first and leaves it out if it fails or threads remain.
         """

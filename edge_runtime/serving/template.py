@@ -1,8 +1,10 @@
 """A template: a process that has imported one backend's library and does nothing but fork.
 
-Law of this file: it never loads a model, opens no file of a user and holds no descriptor but its
-channel. Started by the supervisor as `python -m edge_runtime.serving.template BACKEND` with the
-channel as descriptor 3; ends when the channel does. If the library dies at import, it is this
+Law of this file: it never loads a user's model, opens no file of a user, holds no descriptor but
+its channel, and keeps no thread of its making: what is forked from a process with threads may wait
+for ever for a lock that one of them held. Started by the supervisor as
+`python -m edge_runtime.serving.template BACKEND` with the channel as descriptor 3; ends when the
+channel does. If the library dies at import, it is this
 process that dies, and the supervisor knows which library it was.
 
 A worker is forked twice over, so that it becomes a child of the supervisor (which is a subreaper):
@@ -22,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from edge_runtime.backends import backend as backend_named
-from edge_runtime.backends.protocol import Backend
+from edge_runtime.backends.protocol import Backend, Preparing
 from edge_runtime.clock import monotonic_ns
 from edge_runtime.errors import BackendError, EdgeError
 from edge_runtime.serving import channel, sandbox
@@ -48,6 +50,7 @@ def main(name: str) -> int:
         failure = BackendError(f"{type(error).__name__}: {error}", where=name)
         channel.send(control, channel.Failed("import", failure.document()))
         return 70
+    _prepare(backend)
     import_ms = (monotonic_ns() - began_ns) / 1e6
     # What is alive now stays: keep the collector from touching (and so copying) its pages in
     # workers.
@@ -59,6 +62,29 @@ def main(name: str) -> int:
         if not isinstance(message, channel.Fork):
             return 0  # Stop, or the supervisor is gone
         _fork(backend, control, message, fds)
+
+
+def _prepare(backend: Backend) -> None:
+    """Let the backend do once what every worker would do again, if a rehearsal in a child shows
+    that it works and leaves no thread. A template without it serves as well, with more memory.
+    """
+    if not isinstance(backend, Preparing) or not backend.fork_safe:
+        return
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            backend.prepare()
+            code = 0 if threads() == 1 else 1
+        finally:
+            os._exit(code)
+    if os.waitpid(pid, 0)[1] == 0:
+        backend.prepare()
+
+
+def threads() -> int:
+    """Of this process, as the kernel counts them."""
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def _close_inherited() -> None:

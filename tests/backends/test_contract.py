@@ -257,16 +257,21 @@ def test_an_option_of_a_wrong_type_is_a_usage_error(row: Row, tmp_path: Path, we
     assert "str" in str(caught.value)
 
 
-# A template: imports the library, makes nothing, forks; each child loads, runs, and is right.
+# A template: imports the library, prepares it, forks; each child loads, runs, and is right.
 TEMPLATE = """
 import os, sys
 from pathlib import Path
 import numpy as np
 from edge_runtime.backends import backend
+from edge_runtime.backends.protocol import Preparing
 
 name, artifact, rows = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 template = backend(name)
 template.version()
+if isinstance(template, Preparing):
+    threads = len(os.listdir("/proc/self/task"))
+    template.prepare()
+    assert len(os.listdir("/proc/self/task")) <= threads, "threads do not survive a fork"
 for child in range(3):
     pid = os.fork()
     if pid == 0:

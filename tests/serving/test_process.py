@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import socket
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
@@ -18,6 +20,7 @@ import pytest
 from edge_runtime.backends.reference import tiny
 from edge_runtime.errors import BundleError
 from edge_runtime.serving import channel, page, process, sandbox
+from edge_runtime.serving import template as template_process
 from edge_runtime.serving.spec import GoldenFile, GoldenPair, WorkerSpec
 from edge_runtime.tensors import TensorSpec
 from edge_runtime.wire.reader import Frame, FrameReader
@@ -208,6 +211,56 @@ def test_a_template_forks_workers_that_load_serve_and_end(
     assert template.descriptors() == before, "forks leave nothing open in the template"
     assert not Path(f"/proc/{template.pid}/task/{template.pid}/children").read_text(), "no zombies"
     assert template.end() == 0
+
+
+class Prepared:
+    """A backend of which only `prepare` is of interest here."""
+
+    name = "prepared"
+    fork_safe = True
+
+    def __init__(self, prepare: Callable[[], object]) -> None:
+        self._prepare = prepare
+        self.done = 0
+
+    def version(self) -> str:
+        raise AssertionError
+
+    def load(self, artifact: Path, options: object) -> NoReturn:
+        raise AssertionError
+
+    def prepare(self) -> None:
+        self._prepare()
+        self.done += 1
+
+
+def leave_a_thread() -> None:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+
+def fail() -> None:
+    raise BundleError("a broken library")
+
+
+def crash() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("what", "done"), [(int, 1), (leave_a_thread, 0), (fail, 0), (crash, 0)])
+def test_a_template_prepares_only_what_a_rehearsal_shows_to_be_harmless(
+    what: Callable[[], object], done: int
+) -> None:
+    backend = Prepared(what)
+    template_process._prepare(backend)
+    assert backend.done == done
+
+
+def test_a_template_of_onnxruntime_has_one_thread_when_it_is_ready() -> None:
+    pytest.importorskip("onnxruntime")
+    ours = Template("onnxruntime")
+    assert isinstance(ours.hears(), channel.TemplateReady)
+    assert len(list(Path(f"/proc/{ours.pid}/task").iterdir())) == 1
+    assert ours.end() == 0
 
 
 def golden(directory: Path, value: float) -> GoldenPair:
