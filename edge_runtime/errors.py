@@ -135,6 +135,12 @@ class OverloadedError(EdgeError):
     exit_code = 7
 
 
+class ThrottledError(OverloadedError):
+    """The device holds back (heat, memory); `retry_after_s` says when to come back."""
+
+    code = "throttled"
+
+
 class DeadlineError(EdgeError):
     """The request's deadline passed before it was answered."""
 
@@ -196,6 +202,7 @@ BY_CODE: dict[str, type[EdgeError]] = {
         NoMemoryError,
         ConnectionClosedError,
         OverloadedError,
+        ThrottledError,
         DeadlineError,
         PermissionDeniedError,
         StorageError,

@@ -8,10 +8,11 @@ nothing from a socket; who is next is `waiting`'s.
 from __future__ import annotations
 
 from edge_runtime.clock import monotonic_ns as _monotonic_ns
-from edge_runtime.errors import EdgeError, OverloadedError
-from edge_runtime.serving import page
+from edge_runtime.errors import EdgeError, OverloadedError, ThrottledError
+from edge_runtime.serving import channel, page
 from edge_runtime.serving.connection import Connection
 from edge_runtime.serving.peers import Peers
+from edge_runtime.serving.restraint import Restraint
 from edge_runtime.serving.running import Request
 from edge_runtime.serving.slots import Slots
 from edge_runtime.serving.spec import Limits
@@ -33,6 +34,7 @@ REFUSAL_NS = 5_000_000  # for so long the same "come back in" is true
 # Where an error is counted, by its code; any other: FAILED.
 _OUTCOMES = {
     "overloaded": page.REFUSED,
+    "throttled": page.REFUSED,
     "deadline_exceeded": page.EXPIRED,
     "invalid_request": page.INVALID,
     "too_large": page.INVALID,
@@ -47,6 +49,7 @@ class Admission:
         line: who waits.
         run_ns_mean: of a request, in recent runs: what retry_after_s is made of.
         refusals_left: so many may be refused before newcomers have to wait for the next turn.
+        restraint: what the device allows; None: everything.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Admission:
         self._lanes = lanes
         self._pending = self.line.entries
         self.refusals_left = self._refusals_a_turn()
+        self.restraint: Restraint | None = None
         self._refusal = b""  # the newest "overloaded" frame; its id is filled in
         self._refusal_until_ns = 0
 
@@ -111,6 +115,8 @@ class Admission:
 
     def put(self, request: Request) -> None:
         """Let a request wait. When the queue is full, whoever is last in line then is refused."""
+        if self.restraint is not None and self._held_back(self.restraint, request):
+            return
         request.connection.in_flight += 1
         self.line.put(request)
         if len(self._pending) > self._limits.queue_requests_max:
@@ -164,6 +170,35 @@ class Admission:
     def _wait_ns(self) -> float:
         """How long the last in line will wait, as runs were lately."""
         return len(self._pending) * self.run_ns_mean / self._lanes
+
+    # -- held back ---------------------------------------------------------------------------------
+
+    def restrain(self, order: channel.Restrain) -> None:
+        """Hold back as told, from the next request on."""
+        free = order.run_share == 1 and not order.priority_min
+        self.restraint = (
+            None
+            if free
+            else Restraint(
+                order.run_share, order.priority_min, order.reason, self._lanes, _monotonic_ns()
+            )
+        )
+
+    def _held_back(self, restraint: Restraint, request: Request) -> bool:
+        """Refuse a request, not in the line yet, that the device does not allow now."""
+        ahead_ns = len(self._pending) * self.run_ns_mean
+        wait_ns = restraint.wait_ns(request.priority, ahead_ns, _monotonic_ns())
+        if not wait_ns:
+            return False
+        error = ThrottledError(
+            restraint.reason, where=self._model, retry_after_s=round(wait_ns / 1e9, 4)
+        )
+        self._slots.release(request.slot)
+        self.refusals_left -= 1
+        self._status[page.HELD] += 1
+        self.answer_error(request.connection, request.request_id, error)
+        self._peers.settle(request.connection)
+        return True
 
     # -- away --------------------------------------------------------------------------------------
 

@@ -166,6 +166,17 @@ class Unshadow(msgspec.Struct, frozen=True, tag="unshadow"):
     """Supervisor to a worker that was the candidate: no more comparing."""
 
 
+class Restrain(msgspec.Struct, frozen=True, tag="restrain"):
+    """Supervisor to worker: the device holds back; in place of what was said before.
+
+    The defaults are no restraint (serving.restraint).
+    """
+
+    run_share: float = 1.0  # of the time, 0 < share <= 1
+    priority_min: int = 0  # requests below it are refused
+    reason: str = ""  # why, for clients
+
+
 class Drained(msgspec.Struct, frozen=True, tag="drained"):
     """Worker to supervisor: of the connections at the time of Drain none is left."""
 
@@ -192,6 +203,7 @@ Message = (
     | Alone
     | Shadow
     | Unshadow
+    | Restrain
     | Drained
     | Stop
 )

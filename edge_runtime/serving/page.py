@@ -19,10 +19,11 @@ RUNNERS_MAX = 32  # one word each for "this run began at"
 # Word numbers.
 REQUESTS = 0  # answered with outputs
 ERRORS = 1  # answered with an error, refusals and expiries not counted: INVALID + FAILED
-REFUSED = 2  # overloaded
+REFUSED = 2  # overloaded or held back
 EXPIRED = 3  # deadline passed before the run
 CONNECTIONS = 4  # open now
 WAITING = 5  # admitted, not yet running
+HELD = 6  # of REFUSED: because the device holds back
 LOOP_NS = 7  # CLOCK_MONOTONIC at the newest turn of the loop
 BATCHES = 8  # runs of more than one request
 BATCHED = 9  # requests in them
@@ -44,7 +45,7 @@ _WORD_MAX = (1 << 64) - 1
 # What only grows; the rest is about now.
 COUNTERS = (
     *(REQUESTS, ERRORS, REFUSED, EXPIRED, BATCHES, BATCHED, CACHE_HITS, CACHE_MISSES),
-    *(INVALID, FAILED, CANCELLED),
+    *(INVALID, FAILED, CANCELLED, HELD),
     *range(REQUEST, END),
 )
 

@@ -133,6 +133,8 @@ class Worker:
             self._peers.drain()
         elif isinstance(message, channel.Promote):
             self._intake.promote()
+        elif isinstance(message, channel.Restrain):
+            self._admission.restrain(message)
         elif isinstance(message, TRIAL_MESSAGES):
             self._company.told(message, fds)
         else:  # Stop, or the supervisor is gone
@@ -325,6 +327,8 @@ class Worker:
             page.observe(status, page.QUEUE, began_ns - request.read_ns)
             load = self._admission
             load.run_ns_mean += (run_ns - load.run_ns_mean) * 0.1
+            if load.restraint is not None:
+                load.restraint.ran(run_ns)
         if owner.fd < 0:
             status[page.CANCELLED] += 1
             self._slots.release(slot)  # the client left meanwhile
@@ -337,7 +341,8 @@ class Worker:
             frames.PREFIX_TAIL.pack_into(
                 response, frames.PREFIX_TAIL_AT, request.request_id, request_ns
             )
-            if self._company.mirror is None or not run_ns:
+            alone = self._company.mirror is None or self._admission.restraint is not None
+            if alone or not run_ns:  # held back, nothing is done twice
                 self._peers.send(owner, response, slot)
             else:
                 self._company.send_and_show(request, response, 0 if batched else run_ns)

@@ -28,7 +28,7 @@ CODES = tuple(errors.BY_CODE)
 FIRST_CODE = 4
 OUTCOME_OF_CODE = {code: FIRST_CODE + index for index, code in enumerate(CODES)}
 # A refusal is an answer to "may I now?": nothing is broken and nothing was run.
-REFUSALS = frozenset({"overloaded", "unavailable"})
+REFUSALS = frozenset({"overloaded", "throttled", "unavailable"})
 EXPIRED = "deadline_exceeded"
 
 # Shares of the requests at which the latency curve is drawn.
