@@ -338,3 +338,33 @@ def counter() -> bytes:
         [],
     )
     return model(main, start, signatures=[Signature({"x": 1}, {"total": 3})])
+
+
+def mixed() -> bytes:
+    """ "x" FP32 [N, 3] -> "y" FP32 [N, 3] = (x + x) * (x + x) + x: ADD, MUL, ADD."""
+    graph = Graph(
+        [Tensor(name, [-1, 3]) for name in ("x", "sum", "square", "y")],
+        [
+            Operator(ADD, [0, 0], [1], ADD_OPTIONS),
+            Operator(MUL, [1, 1], [2], MUL_OPTIONS),
+            Operator(ADD, [2, 0], [3], ADD_OPTIONS),
+        ],
+        [0],
+        [3],
+    )
+    return model(graph)
+
+
+def compiled(operator: str = "ethos-u") -> bytes:
+    """What an accelerator's compiler leaves: one operator that only its delegate has."""
+    graph = Graph(
+        [
+            Tensor("input", [1, 4], INT8, scale=0.1, zero_point=-1),
+            Tensor("command_stream", [16], UINT8, data=bytes(range(16))),
+            Tensor("output", [1, 4], INT8, scale=0.2, zero_point=3),
+        ],
+        [Operator(operator, [0, 1], [2], custom_options=b"\x01\x04\x01")],
+        [0],
+        [2],
+    )
+    return model(graph)

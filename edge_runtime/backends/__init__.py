@@ -15,6 +15,7 @@ from edge_runtime.errors import BackendError, UsageError, did_you_mean
 
 # name -> "module:class". A class is made without arguments and must satisfy protocol.Backend.
 BACKENDS: dict[str, str] = {
+    "litert": "edge_runtime.backends.litert:LiteRt",
     "onnxruntime": "edge_runtime.backends.onnxruntime:OnnxRuntime",
     "reference": "edge_runtime.backends.reference:Reference",
 }

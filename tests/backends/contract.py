@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.backends import reference
+from tests import tflite_writer
 
 WIDTH, CLASSES = 16, 4
 
@@ -112,6 +114,24 @@ def write_onnx(
     return path
 
 
+def tflite_linear(folder: Path, weights: np.ndarray) -> Path:
+    return _write_bytes(folder / "linear.tflite", tflite_writer.linear(weights))
+
+
+def tflite_pair(folder: Path) -> Path:
+    return _write_bytes(folder / "pair.tflite", tflite_writer.pair())
+
+
+def _write_bytes(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def installed_tflite() -> str:
+    """The library that the backend `litert` will use."""
+    return "ai_edge_litert" if find_spec("ai_edge_litert") else "tflite_runtime"
+
+
 ROWS = {
     row.name: row
     for row in (
@@ -130,6 +150,15 @@ ROWS = {
             linear=onnx_linear,
             pair=onnx_pair,
             options={"threads": 2, "graph_level": "basic"},
+            misspelt=("thread", "threads"),
+            wrong_type=("threads", "two"),
+        ),
+        Row(
+            name="litert",
+            library=installed_tflite(),
+            linear=tflite_linear,
+            pair=tflite_pair,
+            options={"threads": 2, "xnnpack": False, "interpreters": 2},
             misspelt=("thread", "threads"),
             wrong_type=("threads", "two"),
         ),
