@@ -17,6 +17,7 @@ from edge_runtime.errors import BackendError, UsageError, did_you_mean
 BACKENDS: dict[str, str] = {
     "litert": "edge_runtime.backends.litert:LiteRt",
     "onnxruntime": "edge_runtime.backends.onnxruntime:OnnxRuntime",
+    "openvino": "edge_runtime.backends.openvino:OpenVino",
     "reference": "edge_runtime.backends.reference:Reference",
 }
 

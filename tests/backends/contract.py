@@ -162,6 +162,15 @@ ROWS = {
             misspelt=("thread", "threads"),
             wrong_type=("threads", "two"),
         ),
+        Row(
+            name="openvino",
+            library="openvino",
+            linear=onnx_linear,
+            pair=onnx_pair,
+            options={"streams": 2, "threads": 2, "precision": "model", "hint": "throughput"},
+            misspelt=("stream", "streams"),
+            wrong_type=("streams", "two"),
+        ),
     )
 }
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import yaml
 
@@ -47,6 +48,7 @@ from edge_runtime.wire.reader import Frame, FrameReader, TooLarge
 
 HERE = Path(__file__).parent
 WIDTH = 16
+NO_BLOB = Blob("0" * 64, 0)  # in a variant whose artifact is put in its place later
 # Quick enough for a test, and the doubling still shows.
 QUICK_RESTART = {"backoff_initial_s": 0.02, "backoff_max_s": 0.3, "deaths_max": 3, "window_s": 60}
 
@@ -146,17 +148,29 @@ def packed_document(directory: Path, name: str, version: int, data: bytes) -> Pa
 
 
 def onnx_bundle(
-    directory: Path, name: str, version: int = 1, *, scale: float = 2.0, width: int = WIDTH
+    directory: Path,
+    name: str,
+    version: int = 1,
+    *,
+    scale: float = 2.0,
+    width: int = WIDTH,
+    rows: int | str = 1,
+    variants: Sequence[Variant] = (Variant("fp32", "onnxruntime", NO_BLOB, "fp32"),),
 ) -> Path:
-    """Pack a bundle of a tiny ONNX model, x FP32 [1, width] -> y = scale x."""
+    """Pack a bundle of a tiny ONNX model, x FP32 [rows, width] -> y = scale x.
+
+    Args:
+        rows: a name makes them a batch axis of any size.
+        variants: the artifact of each is put in its place.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     info = helper.make_tensor_value_info
     graph = helper.make_graph(
         [helper.make_node("Mul", ["x", "s"], ["y"])],
         "g",
-        [info("x", TensorProto.FLOAT, [1, width])],
-        [info("y", TensorProto.FLOAT, [1, width])],
+        [info("x", TensorProto.FLOAT, [rows, width])],
+        [info("y", TensorProto.FLOAT, [rows, width])],
         [numpy_helper.from_array(np.float32(scale), "s")],
     )
     model = helper.make_model(
@@ -165,13 +179,16 @@ def onnx_bundle(
     blobs = {_sha(model): model}
     x = np.ones((1, width), np.float32)
     golden = Golden((_golden("x", x, blobs),), (_golden("y", x * np.float32(scale), blobs),))
+    shape = (rows if isinstance(rows, int) else -1, width)
+    blob = Blob(_sha(model), len(model), "m.onnx")
     manifest = Manifest(
         schema=1,
         name=name,
         version=version,
-        inputs=(TensorSpec("x", "FP32", (1, width)),),
-        outputs=(TensorSpec("y", "FP32", (1, width)),),
-        variants=(Variant("fp32", "onnxruntime", Blob(_sha(model), len(model), "m.onnx"), "fp32"),),
+        inputs=(TensorSpec("x", "FP32", shape),),
+        outputs=(TensorSpec("y", "FP32", shape),),
+        batch_axis=None if isinstance(rows, int) else 0,
+        variants=tuple(msgspec.structs.replace(one, artifact=blob) for one in variants),
         goldens=(golden,),
     )
     return _packed(directory, manifest, blobs)

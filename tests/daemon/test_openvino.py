@@ -1,0 +1,50 @@
+"""OpenVINO in sandboxed workers of a real daemon."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from edge_runtime.bundle.manifest import Variant
+from tests.daemon.world import NO_BLOB, filled, onnx_bundle, until
+
+pytest.importorskip("openvino", reason="openvino is not installed")
+pytest.importorskip("onnx", reason="onnx is not installed")
+
+
+def variant(**options: object) -> Variant:
+    return Variant("fp32", "openvino", NO_BLOB, "fp32", options=options)
+
+
+def test_a_model_answers_batches_of_any_size_from_its_sandbox(daemon):
+    daemon.install(onnx_bundle(daemon.bundles, "ov", rows="N", variants=[variant()]))
+    for rows in (1, 3, 1, 8):
+        assert daemon.infer("ov", rows=rows) == 6.0
+    worker = daemon.worker("ov")
+    assert worker["backend"] == "openvino"
+    assert daemon.model("ov")["device"] == "CPU"
+    (ready,) = daemon.events("template_ready", backend="openvino")
+    assert ready["fields"]["version"][0].isdigit()
+    os.kill(worker["pid"], signal.SIGKILL)
+    until(lambda: daemon.ready("ov") and daemon.worker("ov")["pid"] != worker["pid"])
+    assert daemon.infer("ov") == 6.0
+
+
+def test_clients_at_the_same_time_each_get_their_own_answer(daemon):
+    daemon.install(onnx_bundle(daemon.bundles, "many", rows="N", variants=[variant(streams=2)]))
+    with daemon.client() as one, daemon.client() as other:
+        for value in range(50):
+            mine = one.infer("many", {"x": filled(value, 2)})["y"]
+            theirs = other.infer("many", {"x": filled(-value, 1)})["y"]
+            assert (mine == 2 * value).all() and (theirs == -2 * value).all()
+
+
+def test_an_option_that_is_wrong_refuses_the_activation_with_its_key_path(daemon):
+    from edge_runtime.errors import EdgeError
+
+    path = onnx_bundle(daemon.bundles, "wrong", variants=[variant(device="TPU")])
+    with pytest.raises(EdgeError) as caught:
+        daemon.install(path)
+    assert "options.device" in str(caught.value)
