@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from edge_runtime.backends import checks
+from edge_runtime.backends import checks, heap
 from edge_runtime.backends import options as typed
 from edge_runtime.backends.protocol import Placement
 from edge_runtime.errors import BackendError, EdgeError, RequestError, UsageError, did_you_mean
@@ -150,7 +150,7 @@ class OnnxRuntime:
             _session(_IDENTITY, Options()).run(None, {"x": given})
         except _foreign() as e:
             raise _failure("prepare", e) from e
-        _give_back_memory()
+        heap.give_back()
 
     def load(self, artifact: Path, options: Mapping[str, Any]) -> OnnxModel:
         """One .onnx or .ort file as a session of its own. Raises: UsageError, BackendError."""
@@ -159,7 +159,7 @@ class OnnxRuntime:
         if chosen.dimensions:
             _check_dimensions(artifact, chosen.dimensions)
         model = OnnxModel(_session(artifact, chosen))
-        _give_back_memory()
+        heap.give_back()
         return model
 
 
@@ -327,17 +327,6 @@ def _session(artifact: Path | bytes, options: Options) -> Any:
             f"onnxruntime {library.__version__} refuses the artifact: {_brief(e)}",
             where=str(artifact) if isinstance(artifact, Path) else "",
         ) from e
-
-
-def _give_back_memory() -> None:
-    """What loading freed goes back to the system, where the C library can do that (glibc).
-
-    Graph optimization copies weights and frees the originals, and glibc keeps them for later: 30 of
-    62 MB for an EfficientNet-Lite0 in fp32.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _session_options(library: Any, options: Options) -> Any:

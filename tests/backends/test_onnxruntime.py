@@ -84,14 +84,14 @@ def test_a_bound_run_takes_no_memory_and_a_free_one_takes_the_output(tmp_path: P
 LOAD = """
 import sys
 from pathlib import Path
-from edge_runtime.backends import backend, onnxruntime
+from edge_runtime.backends import backend, heap
 
 def private_bytes():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
 
 if sys.argv[2] == "kept":
-    onnxruntime._give_back_memory = lambda: None
+    heap.give_back = lambda: None
 loader = backend("onnxruntime")
 loader.version()
 before = private_bytes()
