@@ -384,10 +384,9 @@ def _unknown_keys(value: Any, hint: Any, path: str) -> Iterator[tuple[str, str, 
 
 def _struct_in(hint: Any) -> type[msgspec.Struct] | None:
     """The struct that a type is made of: itself, or the items of a tuple or dict."""
-    for option in (hint, *get_args(hint)):
-        if isinstance(option, type) and issubclass(option, msgspec.Struct):
-            return option
-    return None
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        return hint
+    return next((one for inner in get_args(hint) if (one := _struct_in(inner))), None)
 
 
 def _at(where: str, path: str) -> str:

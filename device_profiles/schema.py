@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from device_profiles.ladder import Ladder
+
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 CPUSET_PATTERN = r"^([0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*)?$"
 VERSIONS_PATTERN = r"^((>=|<=|==|!=|>|<)[0-9]+(\.[0-9]+)*(,|$))*$"
@@ -112,6 +114,7 @@ class Accelerator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     title: str
     device_class: Name
     nodes: tuple[str, ...] = ()  # globs of device nodes; one of them is its device
+    usb: tuple[Id, ...] = ()  # its device is the node of that USB device
     # Paths that must exist besides, for a node that other hardware has too (any GPU has a
     # /dev/dri/renderD*): globs under /sys.
     present: tuple[str, ...] = ()
@@ -119,12 +122,6 @@ class Accelerator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     driver: DriverLock = DriverLock()
     backends: tuple[Name, ...] = ()  # through which it can be used
     group: str = ""  # of the nodes, by custom: who may open them
-
-
-class Thermal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the heat is seen."""
-
-    zones: tuple[str, ...] = ()  # globs of thermal zone types
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -140,7 +137,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     workers: Workers = Workers()
     memory: Memory = Memory()
     accelerators: dict[Name, Accelerator] = {}
-    thermal: Thermal = Thermal()
+    thermal: Ladder = Ladder()
     sources: dict[str, str] = {}  # key path -> URL or document, or CHOICE and the reason
     unknown: dict[str, str] = {}  # what was left out, and why
 
@@ -156,8 +153,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     cpu_flags: tuple[str, ...] = ()
     clusters: tuple[Cluster, ...] = ()
     cpu_count: int = 0
-    pci: tuple[str, ...] = ()
-    usb: tuple[str, ...] = ()
+    pci: tuple[str, ...] = ()  # vendor:device of each function
+    usb: dict[str, tuple[str, ...]] = {}  # vendor:product -> its nodes under /dev/bus/usb
     memory_bytes: int = 0
     kernel: str = ""
     modules: tuple[str, ...] = ()
