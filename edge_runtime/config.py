@@ -204,6 +204,13 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load_time_max_s: Annotated[
         float, _number(1, 86400, "s", "load, warm-up and goldens; more where a device compiles")
     ] = 120.0
+    cpu_fallback: Annotated[
+        Literal["auto", "refuse", "alarm", "allow"],
+        _why(
+            "an accelerator was asked for and the CPU runs it; auto: a variant made for an "
+            "accelerator that runs nothing there is refused, the rest is an alarm"
+        ),
+    ] = "auto"
     warmup_runs: Annotated[
         int, _number(0, 1000, "runs", "lazy allocations happen in them, not in the first request")
     ] = 3

@@ -109,6 +109,12 @@ class GoldenError(ModelError):
     code = "golden_mismatch"
 
 
+class PlacementError(ModelError):
+    """The model runs, but not on the device that it was made for: by policy it does not serve."""
+
+    code = "wrong_device"
+
+
 class UnavailableError(EdgeError):
     """The daemon or the model is not ready (yet, or any more); a retry may help."""
 
@@ -198,6 +204,7 @@ BY_CODE: dict[str, type[EdgeError]] = {
         ModelError,
         BackendError,
         GoldenError,
+        PlacementError,
         UnavailableError,
         NoMemoryError,
         ConnectionClosedError,

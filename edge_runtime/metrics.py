@@ -113,6 +113,9 @@ METRICS: dict[str, Metric] = {
         (*WORKER, "backend_version", "device", "state"),
         "always 1; a worker that runs, and the device that its backend really uses",
     ),
+    "edge_worker_cpu_fallback": Metric(
+        "gauge", WORKER, "1: an accelerator was asked for, and all or a part runs on the CPU"
+    ),
     "edge_connections": Metric("gauge", WORKER, "connections that workers have now"),
     "edge_requests_waiting": Metric("gauge", WORKER, "requests admitted and not running yet"),
     "edge_requests_total": Metric(

@@ -20,14 +20,14 @@ import functools
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 
-from edge_runtime.backends import checks, heap
+from edge_runtime.backends import checks, heap, placement
 from edge_runtime.backends import options as typed
 from edge_runtime.backends.protocol import Placement
 from edge_runtime.errors import BackendError, EdgeError, RequestError, UsageError, did_you_mean
@@ -86,21 +86,6 @@ _GRAPH_LEVELS = {
 }
 _EXECUTION_MODES = {"sequential": "ORT_SEQUENTIAL", "parallel": "ORT_PARALLEL"}
 
-# Where a provider's nodes run. A provider that is not here is reported by its own name: for those
-# that drive several kinds of device (OpenVINO, QNN) it does not tell which one.
-_DEVICES = {
-    CPU: "CPU",
-    "XnnpackExecutionProvider": "CPU",
-    "ACLExecutionProvider": "CPU",
-    "ArmNNExecutionProvider": "CPU",
-    "DnnlExecutionProvider": "CPU",
-    "CUDAExecutionProvider": "GPU",
-    "TensorrtExecutionProvider": "GPU",
-    "NvTensorRTRTXExecutionProvider": "GPU",
-    "VitisAIExecutionProvider": "NPU",
-    "VSINPUExecutionProvider": "NPU",
-}
-
 # The library's element types -> OIP datatype.
 _DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -158,7 +143,7 @@ class OnnxRuntime:
         _check_providers(chosen)
         if chosen.dimensions:
             _check_dimensions(artifact, chosen.dimensions)
-        model = OnnxModel(_session(artifact, chosen))
+        model = OnnxModel(_session(artifact, chosen), list(map(_as_provider, chosen.providers)))
         heap.give_back()
         return model
 
@@ -168,11 +153,11 @@ class OnnxModel:
 
     concurrent = True
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, providers: Sequence[Provider] = ()) -> None:
         self._session = session
         self.inputs = _specs("input", session.get_inputs())
         self.outputs = _specs("output", session.get_outputs())
-        self.placement = _placement(session)
+        self.placement = _placement(session, providers)
         self._output_names = [spec.name for spec in self.outputs]
         datatypes = {spec.datatype for spec in (*self.inputs, *self.outputs)}
         self._has_text = "BYTES" in datatypes
@@ -401,22 +386,23 @@ def _spec(role: str, node: Any) -> TensorSpec:
     return TensorSpec(node.name, _DATATYPES[node.type], shape)
 
 
-def _placement(session: Any) -> tuple[Placement, ...]:
+def _placement(session: Any, providers: Sequence[Provider]) -> tuple[Placement, ...]:
     """Where nodes were placed; an older library can only tell which providers are registered."""
+    options = {provider.name: provider.options for provider in providers}
+
+    def device(name: str) -> str:
+        return placement.provider_device(name, options.get(name, {}))
+
     ask = getattr(session, "get_provider_graph_assignment_info", None)
     if ask is None:
         return tuple(
-            Placement(_device(name), f"{name} (registered; placement not known)")
+            Placement(device(name), f"{name} (registered; placement not known)")
             for name in session.get_providers()
         )
     counts: Counter[str] = Counter()
     for part in ask():
         counts[part.ep_name] += len(part.get_nodes())
-    return tuple(Placement(_device(name), name, nodes) for name, nodes in counts.most_common())
-
-
-def _device(provider: str) -> str:
-    return _DEVICES.get(provider, provider.removesuffix("ExecutionProvider"))
+    return tuple(Placement(device(name), name, nodes) for name, nodes in counts.most_common())
 
 
 def _memory(array: Array, is_bfloat16: bool) -> tuple[str, int, Any, tuple[int, ...], int]:

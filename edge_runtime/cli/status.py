@@ -125,6 +125,11 @@ def models_text(reply: Document, width: int | None) -> str:
         return "no model is installed; `edge-runtime install BUNDLE` installs one"
     lines = [output.table(_MODELS, [_model_row(model) for model in models], width)]
     lines += [
+        output.printable(f"{model.get('name')}: {active['cpu_fallback']}")
+        for model in models
+        if (active := model.get("active") or {}).get("cpu_fallback")
+    ]
+    lines += [
         output.printable(f"{model.get('name')} is {model.get('state')}: {model['reason']}")
         for model in models
         if model.get("reason") and model.get("state") != "ready"
@@ -186,9 +191,23 @@ def why_text(reply: Document, now_s: float) -> str:
     summary = reply.get("summary")
     head = f"{reply.get('name')} is {reply.get('state', 'unknown')}"
     head += f": {summary}" if summary else ""
+    active = (reply.get("model") or {}).get("active") or {}
+    if active.get("placement"):
+        head += f"\n{_placement(active)}"
     history = reply.get("history") or []
     lines = list(_story(history, now_s)) or ["nothing has happened to it since the daemon started"]
-    return "\n".join([output.printable(head), "", *lines])
+    return "\n".join([*map(output.printable, head.splitlines()), "", *lines])
+
+
+def _placement(active: Document) -> str:
+    """Where the active version really runs, and what was expected instead."""
+    parts = [
+        f"{place.get('device')} ({place.get('detail')}"
+        + (f", {place['nodes']} nodes)" if place.get("nodes") else ")")
+        for place in active["placement"]
+    ]
+    text = "runs on " + " and ".join(parts)
+    return f"{text}\n{active['cpu_fallback']}" if active.get("cpu_fallback") else text
 
 
 def _story(history: list[Document], now_s: float) -> Iterator[str]:

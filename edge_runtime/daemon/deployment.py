@@ -13,8 +13,6 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-import msgspec
-
 from edge_runtime.daemon import residency, specs
 from edge_runtime.daemon.candidate import Candidates
 from edge_runtime.daemon.crew import Crew
@@ -500,7 +498,7 @@ class Deployment:
             "state": self.state,
             "reason": self.reason,
             "active": self._describe_generation(self.active, worker) if self.active else None,
-            "device": _device(worker),
+            "device": worker.device if worker is not None else "",
             "restarts": self.restarts,
             "loading": self._loader.describe(),
             "candidate": self.trial.describe() if self.trial and self.trial.live else None,
@@ -516,13 +514,7 @@ class Deployment:
                 "variant": worker.spec.variant,
                 "backend": worker.spec.backend,
                 "backend_version": worker.backend_version,
-                "placement": msgspec.to_builtins(worker.report.placement) if worker.report else [],
+                "placement": worker.report.placement if worker.report else [],
+                "cpu_fallback": worker.report.cpu_fallback if worker.report else "",
             }
         return facts
-
-
-def _device(worker: WorkerProcess | None) -> str:
-    """Where it really runs, as the backend said after the load."""
-    if worker is None or worker.report is None:
-        return ""
-    return "+".join(sorted({str(place.get("device", "")) for place in worker.report.placement}))

@@ -111,6 +111,8 @@ def _workers(daemon: Supervisor) -> Iterator[Sample]:
     for series, workers in grouped.items():
         for info in {_info(one, "active" if one in active else "warm") for one in workers}:
             yield Sample("edge_worker_info", (*series, *info), 1)
+        fell_back = any(one.report is not None and one.report.cpu_fallback for one in workers)
+        yield Sample("edge_worker_cpu_fallback", series, int(fell_back))
         for name, word in _GAUGES.items():
             yield Sample(name, series, sum(worker.status[word] for worker in workers))
         yield from _memory(series, [memory.of(worker.pid) for worker in workers if worker.pid])
@@ -118,9 +120,7 @@ def _workers(daemon: Supervisor) -> Iterator[Sample]:
 
 def _info(worker: WorkerProcess, state: str) -> tuple[str, str, str]:
     """Backend version, device, state."""
-    placement = worker.report.placement if worker.report else []
-    device = "+".join(sorted({str(place.get("device", "")) for place in placement}))
-    return worker.backend_version, device, state if worker.serving else worker.phase
+    return worker.backend_version, worker.device, state if worker.serving else worker.phase
 
 
 def _memory(series: Series, sizes: list[Memory]) -> Iterator[Sample]:

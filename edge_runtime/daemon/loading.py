@@ -183,3 +183,12 @@ class Loader:
             pid=worker.pid,
             runners=report.runners,
         )
+        if report.cpu_fallback:
+            self._parts.emit(
+                "cpu_fallback",
+                f"{spec.model}@{spec.version} {spec.variant}: {report.cpu_fallback}",
+                level="warning",
+                version=spec.version,
+                variant=spec.variant,
+                device=worker.device,
+            )

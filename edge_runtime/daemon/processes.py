@@ -227,6 +227,12 @@ class WorkerProcess:
     def serving(self) -> bool:
         return self.alive and self.report is not None and not self.stopping
 
+    @property
+    def device(self) -> str:
+        """Where its model really runs, as the backend said after the load; "": not known yet."""
+        placement = self.report.placement if self.report else []
+        return "+".join(sorted({str(place.get("device", "")) for place in placement}))
+
     def adopt(self, message: channel.Adopt, fds: list[int]) -> bool:
         """Hand a connection over; the descriptors are the line's to close. False: it is gone."""
         return self._line.send(message, fds)

@@ -61,6 +61,8 @@ def worker_spec(
         outputs=manifest.outputs,
         batch_axis=manifest.batch_axis,
         label=manifest.label,
+        device_class=variant.device_class,
+        cpu_fallback=config.cpu_fallback,
         options=variant.options,
         goldens=tuple(
             spec.GoldenPair(

@@ -65,6 +65,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     goldens: int
     runners: int
     placement: list[dict[str, Any]]
+    cpu_fallback: str = ""  # what runs on the CPU although an accelerator was asked for
     golden_deviation: float = 0.0  # largest |got - want| / (atol + rtol |want|); <= 1 passes
     sandbox: list[str] = []
     batch_rows_max: int = 1  # 1: requests run alone, `batch_reason` says why

@@ -21,8 +21,9 @@ import msgspec
 import numpy as np
 
 from edge_runtime import tensors
+from edge_runtime.backends import placement
 from edge_runtime.clock import monotonic_ns
-from edge_runtime.errors import BackendError, BundleError, EdgeError
+from edge_runtime.errors import BackendError, BundleError, EdgeError, PlacementError
 from edge_runtime.serving import batching, channel, goldens, page, plan, sandbox
 from edge_runtime.serving.batching import Choice
 from edge_runtime.serving.spec import WorkerSpec
@@ -60,6 +61,8 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
         _verify(spec)
         model = backend.load(Path(spec.artifact), spec.options)
         plan.check_signature(model, spec.inputs, spec.outputs)
+        fallen_back = _check_placement(spec, model)
+        spec = _with_device(spec, model, fallen_back)
         load_ms = _ms_since(began_ns)
         enter("warmup")
         began_ns = monotonic_ns()
@@ -92,6 +95,7 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
                 batch_rows_max=batch.rows_max,
                 batch_reason=batch.reason,
                 placement=[msgspec.to_builtins(place) for place in model.placement],
+                cpu_fallback=fallen_back,
                 golden_deviation=worst,
                 sandbox=measures,
             ),
@@ -104,6 +108,33 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
         return _fail(control, phase, BackendError(f"{type(error).__name__}: {error}"))
     worker.serve()
     return 0
+
+
+def _check_placement(spec: WorkerSpec, model: Model) -> str:
+    """What runs on the CPU although an accelerator was asked for; "": nothing, or it is allowed.
+
+    Raises:
+        PlacementError: the policy refuses it.
+    """
+    fallback = placement.fallen_back(spec.device_class, spec.options, model.placement)
+    if fallback is None:
+        return ""
+    verdict = placement.action(spec.cpu_fallback, spec.device_class, fallback)
+    if verdict == "refuse":
+        raise PlacementError(
+            fallback.reason,
+            where=f"{spec.model}@{spec.version} variant {spec.variant}",
+            remedy="see `edge-runtime doctor`; or set cpu_fallback: alarm for this model",
+        )
+    return fallback.reason if verdict == "alarm" else ""
+
+
+def _with_device(spec: WorkerSpec, model: Model, fallen_back: str) -> WorkerSpec:
+    """The answer to MODEL_METADATA tells where the model really runs."""
+    metadata = msgspec.json.decode(spec.metadata)
+    facts = {"device": placement.device(model.placement), "cpu_fallback": fallen_back}
+    metadata.setdefault("parameters", {}).update({key: text for key, text in facts.items() if text})
+    return msgspec.structs.replace(spec, metadata=msgspec.json.encode(metadata))
 
 
 def _fail(control: socket.socket, phase: str, error: EdgeError) -> int:

@@ -6,7 +6,7 @@ point into the store; everything in the spec was linted before.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -56,6 +56,8 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     outputs: tuple[TensorSpec, ...]
     batch_axis: int | None = None
     label: str = ""
+    device_class: str = "cpu"
+    cpu_fallback: Literal["auto", "refuse", "alarm", "allow"] = "auto"  # backends.placement
     options: dict[str, Any] = {}
     goldens: tuple[GoldenPair, ...] = ()
     rtol: float = 1e-3

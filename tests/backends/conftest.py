@@ -21,7 +21,7 @@ def weights() -> np.ndarray:
 
 @pytest.fixture(params=contract.rows())
 def row(request: Any) -> contract.Row:
-    pytest.importorskip(request.param.library, reason=f"{request.param.library} is not installed")
+    contract.require(request.param.library)
     return request.param
 
 

@@ -6,6 +6,7 @@ tests run; a new backend is a new row in ROWS and nothing else. All artifacts ta
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -173,6 +174,22 @@ ROWS = {
         ),
     )
 }
+
+
+def require(library: str) -> None:
+    """Skip where a library is not installed; it is not imported: some report that to their maker,
+    and only our doors know how to prevent it.
+    """
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed", allow_module_level=True)
+
+
+def openvino() -> Any:
+    """The library, imported by its door; the test or module is skipped where it is missing."""
+    require("openvino")
+    from edge_runtime.backends import openvino as door
+
+    return door._library()
 
 
 def rows() -> list[Any]:

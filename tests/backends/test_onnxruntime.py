@@ -295,7 +295,7 @@ class TestPlacement:
             def get_providers(self) -> list[str]:
                 return ["QNNExecutionProvider", door.CPU]
 
-        first, last = door._placement(Older())
+        first, last = door._placement(Older(), [])
         assert (first.device, first.nodes) == ("QNN", 0)
         assert "not known" in first.detail and last.device == "CPU"
 

@@ -18,7 +18,7 @@ from edge_runtime.tensors import TensorSpec
 
 from . import contract
 
-openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+openvino = contract.openvino()
 helper = pytest.importorskip("onnx.helper", reason="onnx is not installed")
 
 

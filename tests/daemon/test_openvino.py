@@ -8,9 +8,10 @@ import signal
 import pytest
 
 from edge_runtime.bundle.manifest import Variant
+from tests.backends.contract import openvino
 from tests.daemon.world import NO_BLOB, filled, onnx_bundle, until
 
-pytest.importorskip("openvino", reason="openvino is not installed")
+openvino()
 pytest.importorskip("onnx", reason="onnx is not installed")
 
 
