@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from device_profiles.ladder import Ladder
 from edge_runtime import documents
 from edge_runtime.documents import GIB, KIB, MIB, Row
 from edge_runtime.errors import NotFoundError, UsageError
@@ -271,6 +272,50 @@ class WatchdogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 2.0
 
 
+class GovernorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is given up when the device is hot or short of memory, and taken back after."""
+
+    enabled: Annotated[
+        bool, _why("false: nothing is read, the kernel and the hardware protect themselves alone")
+    ] = True
+    interval_s: Annotated[
+        float,
+        _number(0.05, 60, "s", "between two looks; heat moves in seconds, a look costs 0.1 ms"),
+    ] = 2.0
+    ladder: Annotated[
+        Ladder | None, _why("thermal zones and steps; empty: the profile's (docs/governor.md)")
+    ] = None
+    memory_pressure_percent: Annotated[
+        float,
+        _number(
+            0,
+            100,
+            "%",
+            "of 10 s in which a task waited for memory (PSI some avg10): one step down; half of "
+            "it: back; 0: memory is not watched",
+        ),
+    ] = 10.0
+    memory_down_s: Annotated[
+        float,
+        _number(0.1, 3600, "s", "between two steps down; PSI needs 10 s to show what one did"),
+    ] = 10.0
+    memory_up_s: Annotated[
+        float, _number(0.1, 86400, "s", "calm for so long: one step up; loading again costs memory")
+    ] = 60.0
+    memory_idle_s: Annotated[
+        float, _number(0.1, 86400, "s", "not asked for so long: an idle model, unloaded at step 2")
+    ] = 30.0
+    memory_refuse_priority_below: Annotated[
+        int,
+        _number(
+            0, 255, "priority", "refused at step 3; 0: there is none (0 is the usual priority)"
+        ),
+    ] = 0
+    root: Annotated[
+        str, _text("where /sys and /proc are read; another one plays a recording", r"^/")
+    ] = "/"
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that can be configured. `models` is merged: each is a whole WorkerConfig."""
 
@@ -282,6 +327,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workers: WorkerConfig = WorkerConfig()
     models: dict[str, WorkerConfig] = {}
     watchdog: WatchdogConfig = WatchdogConfig()
+    governor: GovernorConfig = GovernorConfig()
     metrics: MetricsConfig = MetricsConfig()
     services: Annotated[
         tuple[str, ...], _why("reserved: parts to run beside serving; must be empty for now")
@@ -368,7 +414,8 @@ def _read(path: Path) -> bytes:
 # --- checking -----------------------------------------------------------------------------------
 
 _SECTIONS = frozenset(
-    {"log", "access", "limits", "store", "memory", "workers", "models", "watchdog", "metrics"}
+    {"log", "access", "limits", "store", "memory", "workers", "models"}
+    | {"watchdog", "governor", "metrics"}
 )
 
 

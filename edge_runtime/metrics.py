@@ -137,6 +137,9 @@ METRICS: dict[str, Metric] = {
     "edge_batched_requests_total": Metric("counter", WORKER, "requests in those runs"),
     "edge_cache_hits_total": Metric("counter", WORKER, "requests answered from the response cache"),
     "edge_cache_misses_total": Metric("counter", WORKER, "requests looked up there in vain"),
+    "edge_held_back_total": Metric(
+        "counter", WORKER, "requests refused because the device is hot or short of memory"
+    ),
     "edge_worker_resident_bytes": Metric(
         "gauge", WORKER, "memory of the workers, shared pages counted in full"
     ),
@@ -167,6 +170,28 @@ METRICS: dict[str, Metric] = {
     ),
     "edge_template_deaths_total": Metric(
         "counter", ("backend",), "deaths of processes that hold a backend's library"
+    ),
+    "edge_temperature_celsius": Metric(
+        "gauge", ("zone",), "what a thermal zone reads; absent while it cannot be read"
+    ),
+    "edge_throttled": Metric(
+        "gauge", (), "1: hardware, firmware or kernel slow the device down because of heat"
+    ),
+    "edge_clock_limit_ratio": Metric(
+        "gauge", (), "lowest limit of a processor's clock, of what its hardware can do"
+    ),
+    "edge_pressure_ratio": Metric(
+        "gauge",
+        ("resource",),
+        "PSI some avg10 of the machine or our cgroup, whichever is worse; 1: all of the time",
+    ),
+    "edge_governor_step": Metric(
+        "gauge", ("ladder",), "how many steps are taken; 0: nothing is given up"
+    ),
+    "edge_governor_steps_total": Metric(
+        "counter",
+        ("ladder", "direction", "reason"),
+        "steps down (heat, throttled, pressure) and up (cooler, calm, no_reading)",
     ),
     "edge_store_bytes": Metric("gauge", (), "what installed models take on the disk"),
     "edge_store_free_bytes": Metric("gauge", (), "free on the store's disk"),

@@ -102,6 +102,31 @@ def _head(now: Document) -> Iterator[str]:
         f"{store.get('generations', 0)} versions of {store.get('models', 0)} models; "
         f"{output.size(store.get('free_bytes'))} free on the disk"
     )
+    yield from device(now.get("device") or {})
+
+
+def device(document: Document) -> Iterator[str]:
+    """Heat and memory in a line, and a line for each ladder on which a step is taken."""
+    zones = (document.get("temperature_c") or {}).items()
+    facts = [f"{zone} {celsius:.1f} C" for zone, celsius in zones if celsius is not None]
+    pressures = (document.get("pressure_percent") or {}).items()
+    facts += [f"{resource} pressure {percent:g} %" for resource, percent in pressures]
+    facts += [*(document.get("throttled") or ()), *(document.get("notes") or ())]
+    if facts:
+        yield output.printable(f"device: {', '.join(facts)}")
+    yield from held_back(document)
+
+
+def held_back(document: Document) -> Iterator[str]:
+    """What is given up now, and why; nothing while nothing is."""
+    for name in ("heat", "memory"):
+        one = document.get(name) or {}
+        if one.get("step"):
+            given_up = ", ".join(one.get("given_up") or ())
+            yield output.printable(
+                f"held back by {name}: step {one['step']} of {one.get('steps')}"
+                f" ({one.get('reason')}): {given_up}"
+            )
 
 
 def _row(model: Document, found: Figures) -> tuple[Any, ...]:

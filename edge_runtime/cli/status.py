@@ -188,6 +188,8 @@ def _worker_row(item: Document) -> tuple[Any, ...]:
 
 def why_text(reply: Document, now_s: float) -> str:
     """The `why` answer as a story, newest last."""
+    from edge_runtime.cli import overview
+
     summary = reply.get("summary")
     head = f"{reply.get('name')} is {reply.get('state', 'unknown')}"
     head += f": {summary}" if summary else ""
@@ -196,7 +198,8 @@ def why_text(reply: Document, now_s: float) -> str:
         head += f"\n{_placement(active)}"
     history = reply.get("history") or []
     lines = list(_story(history, now_s)) or ["nothing has happened to it since the daemon started"]
-    return "\n".join([*map(output.printable, head.splitlines()), "", *lines])
+    device = overview.held_back(reply.get("device") or {})
+    return "\n".join([*map(output.printable, head.splitlines()), *device, "", *lines])
 
 
 def _placement(active: Document) -> str:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from edge_runtime.store import Generation, Store, Switch
 
 T = TypeVar("T", bound=msgspec.Struct)
+# Events that concern every model: part of each one's story.
+OF_ALL_MODELS = frozenset({"governor_step", "throttled"})
 # Without a share: a shadow sees everything and harms nobody, a split begins small.
 SHARES = {"shadow": 1.0, "split": 0.1}
 PROGRESS_STEP_BYTES = (
@@ -373,12 +375,17 @@ class Commands:
         name = _arguments(given, NameArguments).name
         self._daemon.known(name)
         described = await self._model(name)
-        history = [msgspec.to_builtins(event) for event in self._daemon.ring.newest(model=name)]
+        history = [
+            msgspec.to_builtins(event)
+            for event in self._daemon.ring.newest()
+            if event.fields.get("model") == name or event.name in OF_ALL_MODELS
+        ]
         return {
             "name": name,
             "state": described["state"],
             "summary": _summary(described),
             "model": described,
+            "device": exposition.device_document(self._daemon),
             "history": [
                 {key: event[key] for key in ("wall_s", "level", "message", "fields")}
                 | {"event": event["name"]}

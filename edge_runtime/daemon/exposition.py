@@ -46,7 +46,13 @@ async def daemon_document(daemon: Supervisor) -> dict[str, Any]:
             **daemon.router.statistics(),
         },
         "store": msgspec.to_builtins(store),
+        "device": device_document(daemon),
     }
+
+
+def device_document(daemon: Supervisor) -> dict[str, Any] | None:
+    """Its heat and memory, and what is given up for them; None: nobody watches."""
+    return daemon.governor.describe() if daemon.config.governor.enabled else None
 
 
 def model_document(daemon: Supervisor, name: str, *, buckets: bool) -> dict[str, Any]:
@@ -76,6 +82,7 @@ async def text(daemon: Supervisor) -> str:
     return metrics.render(
         [
             *_own(daemon, store),
+            *(daemon.governor.samples() if daemon.config.governor.enabled else ()),
             *_models(daemon),
             *_workers(daemon),
             *daemon.statistics.samples(daemon.models()),

@@ -191,6 +191,7 @@ class WorkerProcess:
         self._hung_for_s: float | None = None
         self._oom_kills = deque([memory.oom_kills()], maxlen=OOM_SAMPLES)
         self._drained: asyncio.Future[int] | None = None
+        self._restraint = channel.Restrain()
         ours, self._theirs = channel.pair()
         self._line = Line(ours, loop, self._receive)
         self._page_fd = page.create()
@@ -240,6 +241,12 @@ class WorkerProcess:
     def tell(self, message: channel.Message, fds: list[int] | None = None) -> None:
         """Send a message; the descriptors are the line's to close."""
         self._line.send(message, fds)
+
+    def restrain(self, order: channel.Restrain) -> None:
+        """Have it hold back, if it was not told the same before."""
+        if self.serving and order != self._restraint:
+            self._restraint = order
+            self._line.send(order)
 
     def promote(self) -> None:
         """From now on it answers requests that name no version, too."""

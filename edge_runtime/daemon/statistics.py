@@ -43,6 +43,7 @@ _COUNTERS = {
     "edge_batched_requests_total": page.BATCHED,
     "edge_cache_hits_total": page.CACHE_HITS,
     "edge_cache_misses_total": page.CACHE_MISSES,
+    "edge_held_back_total": page.HELD,
 }
 # Event, the fields that it must have, the metric that it counts in, the fields that are its labels.
 _COUNTED: tuple[tuple[str, dict[str, Value], str, tuple[str, ...]], ...] = (
@@ -58,6 +59,7 @@ _COUNTED: tuple[tuple[str, dict[str, Value], str, tuple[str, ...]], ...] = (
         ("model",),
     ),
     ("template_died", {}, "edge_template_deaths_total", ("backend",)),
+    ("governor_step", {}, "edge_governor_steps_total", ("ladder", "direction", "reason")),
 )
 
 _PER_MODEL = tuple(metric for _, _, metric, labels in _COUNTED if labels == ("model",))

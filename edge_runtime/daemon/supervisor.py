@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from device_profiles.ladder import Ladder
 from edge_runtime import __version__, systemd
 from edge_runtime.clock import Clock
 from edge_runtime.config import Config
@@ -23,6 +24,7 @@ from edge_runtime.daemon.access import Access, resolve
 from edge_runtime.daemon.commands import Commands
 from edge_runtime.daemon.control import ControlServer
 from edge_runtime.daemon.deployment import Deployment
+from edge_runtime.daemon.governor import Governor
 from edge_runtime.daemon.parts import Parts
 from edge_runtime.daemon.processes import Reaper, Templates, WorkerProcess
 from edge_runtime.daemon.room import Room
@@ -78,6 +80,7 @@ class Supervisor:
         self._stop = asyncio.Event()
         budget = config.memory.budget_bytes
         auto_bytes = round(memory.limit_bytes() * MEMORY_SHARE)
+        self.governor = Governor(config.governor, Ladder(), self.deployments, self.events, clock)
         self._room = Room(auto_bytes if budget == "auto" else budget, self.deployments, clock)
 
     # -- the day of a daemon -----------------------------------------------------------------------
@@ -104,6 +107,8 @@ class Supervisor:
                 await self._open_metrics_port(stack)
                 tasks = [loop.create_task(self._check_workers())]
                 tasks.append(loop.create_task(self._feed_watchdog()))
+                if self.config.governor.enabled:
+                    tasks.append(loop.create_task(self.governor.run()))
                 stack.callback(lambda: [task.cancel() for task in tasks])
                 await self._resume()
                 self._notify("READY=1\nSTATUS=serving")

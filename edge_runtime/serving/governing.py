@@ -114,6 +114,11 @@ def decide(
     return state, None
 
 
+def lasts(state: State, value: float, rungs: Sequence[Rung]) -> bool:
+    """Whether what the present step was taken for goes on: more is given up only then."""
+    return state.step > 0 and value >= rungs[state.step - 1].leave
+
+
 def _passed(since_s: float | None, wait_s: float, now_s: float) -> bool:
     return since_s is None or now_s - since_s >= wait_s
 
