@@ -11,7 +11,8 @@ A name says its unit (`_bytes_`, `_s`, `_ms`); byte sizes may be written as text
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -329,6 +330,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     watchdog: WatchdogConfig = WatchdogConfig()
     governor: GovernorConfig = GovernorConfig()
     metrics: MetricsConfig = MetricsConfig()
+    profile: Annotated[
+        str,
+        _text(
+            "the device profile beneath this file: auto (detected), none, a name, or a path",
+            r"^.{1,4096}$",
+            "auto, none, a profile's name, or a path",
+        ),
+    ] = "auto"
     services: Annotated[
         tuple[str, ...], _why("reserved: parts to run beside serving; must be empty for now")
     ] = ()
@@ -338,6 +347,29 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.models.get(name, self.workers)
 
 
+class Stated(NamedTuple):
+    """What a file states, to be read with what lies beneath it; `document` None: nothing."""
+
+    document: Mapping[str, Any] | None
+    where: str  # the file, for errors
+
+    def config(self, beneath: Mapping[str, Any] = MappingProxyType({})) -> Config:
+        """As `parse`."""
+        return parse(self.document, self.where, beneath)
+
+
+def read(path: Path | None) -> Stated:
+    """What a YAML file states; None: nothing.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UsageError: it cannot be read or is not YAML.
+    """
+    if path is None:
+        return Stated(None, "defaults")
+    return Stated(documents.parse(_read(path), str(path)), str(path))
+
+
 def load(path: Path | None) -> Config:
     """The configuration in a YAML file; None: all defaults.
 
@@ -345,26 +377,31 @@ def load(path: Path | None) -> Config:
         NotFoundError: there is no such file.
         UsageError: it cannot be read, is not YAML, or is wrong; file and key path are named.
     """
-    if path is None:
-        return Config()
-    return parse(documents.parse(_read(path), str(path)), str(path))
+    return read(path).config()
 
 
-def parse(document: Mapping[str, Any] | None, where: str) -> Config:
+def parse(
+    document: Mapping[str, Any] | None,
+    where: str,
+    beneath: Mapping[str, Any] = MappingProxyType({}),
+) -> Config:
     """Check a document and fill in the defaults; an empty one gives `Config()`.
 
     Args:
         where: the file, for errors.
+        beneath: section -> its values where the document says nothing (a device profile's).
 
     Raises:
         UsageError: an unknown key (nearest match named), a wrong type, or a value out of range.
     """
-    if document is None:
-        return Config()
-    whole = documents.sized(documents.mapping(document, where, ""), where, "")
+    whole = documents.sized(
+        documents.mapping({} if document is None else document, where, ""), where, ""
+    )
     assert isinstance(whole, dict)
     # `workers:` with all its lines commented out is a section that says nothing.
     whole = {k: value for k, value in whole.items() if value is not None or k not in _SECTIONS}
+    for section, values in beneath.items():
+        whole[section] = {**values, **documents.mapping(whole.get(section, {}), where, section)}
     models = documents.mapping(whole.pop("models", {}), where, "models")
     config = documents.convert(whole, Config, where, "")
     workers = whole.get("workers", {})

@@ -13,9 +13,14 @@ from edge_runtime import config
 from edge_runtime.cli import arguments as args
 from edge_runtime.cli import output
 from edge_runtime.cli.control import call
+from edge_runtime.documents import Row
 
 if TYPE_CHECKING:
     import argparse
+
+
+# Where a value comes from -> its mark; others come from the device profile.
+_MARKS = {"default": " ", "configuration": "*"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,8 +44,9 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.config is not None or arguments.defaults:
         reply = document(config.load(arguments.config), str(arguments.config or "defaults"))
     else:
-        running = config.parse(call(arguments, "config")["config"], "the running daemon")
-        reply = document(running, "the running daemon")
+        answer = call(arguments, "config")
+        running = config.parse(answer["config"], "the running daemon")
+        reply = document(running, "the running daemon", answer.get("profile") or {})
     if arguments.json:
         output.print_json(reply)
     else:
@@ -60,17 +66,38 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def document(loaded: config.Config, source: str) -> dict[str, Any]:
-    """What `config show --json` prints: the source, and a row for each option."""
-    return {"source": source, "options": [row._asdict() for row in config.describe(loaded)]}
+def document(
+    loaded: config.Config, source: str, profile: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `config show --json` prints: the source, and a row for each option.
+
+    Args:
+        profile: the device profile beneath the file, as the daemon tells it.
+    """
+    profile = profile or {}
+    origins = profile.get("origins") or {}
+    options = [
+        {**row._asdict(), "from": _origin(row, profile.get("values") or {}, origins)}
+        for row in config.describe(loaded)
+    ]
+    return {"source": source, "profile": profile.get("name", ""), "options": options}
+
+
+def _origin(row: Row, values: dict[str, Any], origins: dict[str, str]) -> str:
+    """Who says a value: the default, a file of the device profile, or the configuration."""
+    if row.value == row.default:
+        return "default"
+    if row.path in origins and row.value == values.get(row.path):
+        return f"profile ({origins[row.path]})"
+    return "configuration"
 
 
 def text(reply: dict[str, Any], width: int | None) -> str:
-    """The answer as a table; `*` marks what is not the default."""
+    """The answer as a table; `*` marks what is not the default, `+` what the profile says."""
     headers = ("", "OPTION", "VALUE", "DEFAULT", "WHY")
     rows = [
         (
-            " " if row["value"] == row["default"] else "*",
+            _MARKS.get(row.get("from", ""), "+"),
             row["path"],
             _shown(row["value"], row["unit"]),
             _shown(row["default"], row["unit"]),
@@ -78,8 +105,10 @@ def text(reply: dict[str, Any], width: int | None) -> str:
         )
         for row in reply["options"]
     ]
-    source = output.printable(reply.get("source", ""))
-    return f"configuration: {source}\n\n" + output.table(headers, rows, width)
+    head = f"configuration: {output.printable(reply.get('source', ''))}"
+    if reply.get("profile"):
+        head += f"; + marks what the device profile {output.printable(reply['profile'])} says"
+    return f"{head}\n\n" + output.table(headers, rows, width)
 
 
 def _shown(value: Any, unit: str) -> str:

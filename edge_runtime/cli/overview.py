@@ -95,6 +95,10 @@ def _head(now: Document) -> Iterator[str]:
         f"{output.size(daemon.get('rss_bytes'))}, up {output.duration(daemon.get('uptime_s'))}; "
         f"{daemon.get('accepted', 0)} connections accepted, {daemon.get('refused', 0)} refusals"
     )
+    profile = now.get("profile") or {}
+    if profile.get("name"):
+        addons = "".join(f" with {addon}" for addon in profile.get("addons", ()))
+        yield output.printable(f"board: {profile['title']} (profile {profile['name']}{addons})")
     budget = store.get("byte_budget")
     of_budget = f" of {output.size(budget)}" if budget else ""
     yield (

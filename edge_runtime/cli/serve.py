@@ -38,4 +38,4 @@ def add_parser(subparsers: Any) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     from edge_runtime import config, daemon
 
-    return daemon.serve(arguments.state_dir, arguments.run_dir, config.load(arguments.config))
+    return daemon.serve(arguments.state_dir, arguments.run_dir, config.read(arguments.config))

@@ -10,21 +10,30 @@ import asyncio
 from pathlib import Path
 
 from edge_runtime.clock import SystemClock
-from edge_runtime.config import Config
+from edge_runtime.config import Stated
 
 
-def serve(state_dir: Path, run_dir: Path, config: Config) -> int:
+def serve(state_dir: Path, run_dir: Path, stated: Stated) -> int:
     """Run the daemon until SIGTERM or SIGINT; the exit code.
+
+    The device profile is looked for meanwhile, and its values put beneath what the file states.
 
     Raises:
         ConflictError: another daemon uses the state directory or the sockets.
         StorageError: a directory cannot be made or written.
-        UsageError: the configuration names users or groups that do not exist.
+        UsageError: the configuration is wrong, or names users, groups or a profile that do not
+            exist.
     """
+    from edge_runtime.daemon import board as boards
+
+    detection = boards.start(stated.config().profile)  # in a process of its own, while we import
     from edge_runtime.daemon.supervisor import Supervisor
 
+    board = detection.board()
+    config = stated.config(board.beneath)
+
     async def run() -> None:
-        await Supervisor(state_dir, run_dir, config, SystemClock()).run()
+        await Supervisor(state_dir, run_dir, config, board, SystemClock()).run()
 
     asyncio.run(run())
     return 0

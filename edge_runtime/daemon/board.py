@@ -70,7 +70,9 @@ class Board(msgspec.Struct, frozen=True, kw_only=True):
         """What all models may take of a machine or cgroup with so much memory."""
         share_bytes = round(limit_bytes * (self.memory_share or MEMORY_SHARE))
         stated_bytes = self.memory_bytes
-        return share_bytes if stated_bytes is None else min(share_bytes or stated_bytes, stated_bytes)
+        return (
+            share_bytes if stated_bytes is None else min(share_bytes or stated_bytes, stated_bytes)
+        )
 
     def options(self, backend: str, device_class: str, own: Mapping[str, Any]) -> dict[str, Any]:
         """A variant's options over the profile's."""
@@ -78,7 +80,11 @@ class Board(msgspec.Struct, frozen=True, kw_only=True):
         if self.threads is not None and device_class == "cpu" and backend in TAKES_THREADS:
             beneath["threads"] = self.threads
         line = next(
-            (one for one in self.order if (one.backend, one.device_class) == (backend, device_class)),
+            (
+                one
+                for one in self.order
+                if (one.backend, one.device_class) == (backend, device_class)
+            ),
             None,
         )
         return {**beneath, **(line.options if line else {}), **own}
@@ -98,6 +104,7 @@ class Board(msgspec.Struct, frozen=True, kw_only=True):
             "addons": list(self.addons),
             "reasons": list(self.reasons),
             "files": list(self.files),
+            "values": {f"workers.{key}": value for key, value in self.workers.items()},
             "origins": self.origins,
         }
 
@@ -136,7 +143,7 @@ class Detection(NamedTuple):
         except msgspec.DecodeError:
             return Board(problems=("the machine could not be looked at; no profile is in force",))
         if told.error:
-            raise UsageError(**told.error)
+            raise _usage_error(told.error)
         return told.board
 
 
@@ -253,4 +260,13 @@ def _document(error: ProfileError) -> dict[str, str]:
 
 
 def _line(error: ProfileError) -> str:
-    return str(UsageError(**_document(error)))
+    return str(_usage_error(_document(error)))
+
+
+def _usage_error(document: Mapping[str, str]) -> UsageError:
+    return UsageError(
+        document["message"],
+        where=document["where"],
+        expected=document["expected"],
+        remedy=document["remedy"],
+    )

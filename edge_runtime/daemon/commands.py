@@ -395,10 +395,10 @@ class Commands:
         }
 
     async def config(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
-        """The configuration in force."""
+        """The configuration in force, and the device profile beneath it."""
         _arguments(given, NoArguments)
         config: dict[str, Any] = msgspec.to_builtins(self._daemon.config)
-        return {"config": config}
+        return {"config": config, "profile": self._daemon.board.summary()}
 
 
 def _arguments(given: dict[str, Any], kind: type[T]) -> T:

@@ -45,6 +45,7 @@ async def daemon_document(daemon: Supervisor) -> dict[str, Any]:
             "ready": daemon.ready(),
             **daemon.router.statistics(),
         },
+        "profile": daemon.board.summary(),
         "store": msgspec.to_builtins(store),
         "device": device_document(daemon),
     }

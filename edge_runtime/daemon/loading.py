@@ -117,6 +117,7 @@ class Loader:
                 self._parts.worker_config,
                 self._parts.config.limits,
                 store.blob_path,
+                self._parts.board,
             )
         )
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from edge_runtime.clock import Clock
 from edge_runtime.config import Config, WorkerConfig
+from edge_runtime.daemon.board import Board
 from edge_runtime.daemon.processes import Templates
 from edge_runtime.daemon.shelf import Shelf
 from edge_runtime.events import Events, Value
@@ -30,6 +31,7 @@ class Parts(NamedTuple):
     shelf: Shelf
     templates: Templates
     config: Config
+    board: Board
     events: Events
     clock: Clock
     returned: Returned

@@ -14,6 +14,7 @@ import msgspec
 
 from edge_runtime.bundle.manifest import GoldenTensor, Manifest, Variant
 from edge_runtime.config import LimitsConfig, WorkerConfig
+from edge_runtime.daemon.board import Board
 from edge_runtime.errors import NotFoundError
 from edge_runtime.serving import spec
 from edge_runtime.serving.health import RestartPolicy
@@ -47,6 +48,7 @@ def worker_spec(
     config: WorkerConfig,
     limits: LimitsConfig,
     blob_path: BlobPath,
+    board: Board,
 ) -> spec.WorkerSpec:
     """Everything that one worker needs to know."""
     return spec.WorkerSpec(
@@ -63,7 +65,7 @@ def worker_spec(
         label=manifest.label,
         device_class=variant.device_class,
         cpu_fallback=config.cpu_fallback,
-        options=variant.options,
+        options=board.options(variant.backend, variant.device_class, variant.options),
         goldens=tuple(
             spec.GoldenPair(
                 tuple(_golden(one, blob_path) for one in golden.inputs),

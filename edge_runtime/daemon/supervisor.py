@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from device_profiles.ladder import Ladder
 from edge_runtime import __version__, systemd
 from edge_runtime.clock import Clock
 from edge_runtime.config import Config
 from edge_runtime.daemon import memory
 from edge_runtime.daemon.access import Access, resolve
+from edge_runtime.daemon.board import Board
 from edge_runtime.daemon.commands import Commands
 from edge_runtime.daemon.control import ControlServer
 from edge_runtime.daemon.deployment import Deployment
@@ -49,16 +49,16 @@ READY_WAIT_S = 20.0
 PROBE_RETRY_S = 1.0
 # A worker gets 5 s, a template 2 s; systemd waits longer than both (TimeoutStopSec).
 TEMPLATE_GRACE_S = 2.0
-# Of the machine's or cgroup's memory, for models: the rest is the system's, the daemon's, the
-# templates' and the page cache's.
-MEMORY_SHARE = 0.7
 
 
 class Supervisor:
     """The daemon."""
 
-    def __init__(self, state_dir: Path, run_dir: Path, config: Config, clock: Clock) -> None:
+    def __init__(
+        self, state_dir: Path, run_dir: Path, config: Config, board: Board, clock: Clock
+    ) -> None:
         self.config = config
+        self.board = board
         self.clock = clock
         self.started_ns = clock.monotonic_ns()
         self.ring = RingSink(config.limits.history_events_max)
@@ -79,8 +79,10 @@ class Supervisor:
             self._access = resolve(config.workers.access, "workers.access")
         self._stop = asyncio.Event()
         budget = config.memory.budget_bytes
-        auto_bytes = round(memory.limit_bytes() * MEMORY_SHARE)
-        self.governor = Governor(config.governor, Ladder(), self.deployments, self.events, clock)
+        self.governor = Governor(
+            config.governor, board.ladder, self.deployments, self.events, clock
+        )
+        auto_bytes = board.budget_bytes(memory.limit_bytes())
         self._room = Room(auto_bytes if budget == "auto" else budget, self.deployments, clock)
 
     # -- the day of a daemon -----------------------------------------------------------------------
@@ -93,6 +95,7 @@ class Supervisor:
         reaper.start(loop)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        self._tell_board()
         store = self._open_store()
         try:
             self.shelf = Shelf(store)
@@ -118,6 +121,19 @@ class Supervisor:
                 self.events.emit("daemon_stopping", "told to stop")
         finally:
             store.close()
+
+    def _tell_board(self) -> None:
+        """Which device profile holds, and why."""
+        board = self.board
+        for problem in board.problems:
+            self.events.emit("profile_problem", problem, level="warning")
+        if board.name:
+            self.events.emit(
+                "profile_chosen",
+                f"device profile {', '.join([board.name, *board.addons])}: "
+                + "; ".join(board.reasons),
+                profile=board.name,
+            )
 
     def _open_store(self) -> Store:
         self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -254,6 +270,7 @@ class Supervisor:
                     shelf=self.shelf,
                     templates=self.templates,
                     config=self.config,
+                    board=self.board,
                     events=self.events,
                     clock=self.clock,
                     returned=lambda message, fds: self.router.take_back(message, fds, name),

@@ -336,7 +336,7 @@ def test_config_show_of_a_file_marks_what_is_not_the_default(edge: Edge, tmp_pat
         ["*", "models.m.nice", "3", "0"],
     ]
     options = json.loads(edge("config", "show", "--config", path, "--json").out)["options"]
-    assert {"path", "value", "default", "unit", "reason"} == set(options[0])
+    assert {"path", "value", "default", "unit", "reason", "from"} == set(options[0])
 
 
 def test_config_show_asks_the_running_daemon(edge: Edge, daemon: FakeDaemon) -> None:
@@ -383,7 +383,7 @@ def test_serve_hands_directories_and_configuration_to_the_daemon(
     edge: Edge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edge_runtime import daemon as real
-    from edge_runtime.config import Config
+    from edge_runtime.config import Stated
 
     seen: list[tuple[object, ...]] = []
 
@@ -393,4 +393,4 @@ def test_serve_hands_directories_and_configuration_to_the_daemon(
 
     monkeypatch.setattr(real, "serve", serve, raising=False)
     assert edge("--run-dir", tmp_path / "r", "serve", "--state-dir", tmp_path / "s").code == 0
-    assert seen == [(tmp_path / "s", tmp_path / "r", Config())]
+    assert seen == [(tmp_path / "s", tmp_path / "r", Stated(None, "defaults"))]
