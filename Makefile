@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-dev
+ACCELERATORS := .venv-accelerators
 STAMP_RUN := $(VENV)/.stamp-run
 
-.PHONY: demo test check bench clean install
+.PHONY: demo test test-accelerators check bench clean install
 
 # One environment; filled again when the requirements change. The demo needs one backend only, the
 # tests all of them (three times the download).
@@ -28,6 +29,18 @@ test: $(STAMP)
 	@sh packaging/test-packages.sh
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
+# Execution providers that are plug-ins, one with an emulated accelerator: 0.4 GB, so in an
+# environment of their own.
+$(ACCELERATORS)/.stamp: setup.cfg pyproject.toml
+	@test -x $(ACCELERATORS)/bin/python || $(PYTHON) -m venv $(ACCELERATORS)
+	@echo "installing into $(ACCELERATORS) ..."
+	@$(ACCELERATORS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[accelerators]'
+	@touch $@
+
+test-accelerators: $(ACCELERATORS)/.stamp
+	@$(ACCELERATORS)/bin/python -m pytest tests/accelerators
+
 check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -41,4 +54,4 @@ bench: $(STAMP)
 	@$(BIN)/python -m bench
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ACCELERATORS) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

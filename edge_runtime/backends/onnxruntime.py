@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 import platform
 from collections import Counter
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import numpy as np
 
-from edge_runtime.backends import checks, heap, placement
+from edge_runtime.backends import checks, heap, providers
 from edge_runtime.backends import options as typed
 from edge_runtime.backends.protocol import Placement
 from edge_runtime.errors import BackendError, EdgeError, RequestError, UsageError, did_you_mean
@@ -44,10 +45,16 @@ CPU = "CPUExecutionProvider"
 
 
 class Provider(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An execution provider with the options that its own documentation names."""
+    """An execution provider with the options that its own documentation names.
+
+    Attributes:
+        library: of a provider that is a plug-in: the file, an absolute path. Not needed for those
+            in providers.PLUGINS, whose packages are looked for.
+    """
 
     name: str
     options: dict[str, str] = {}
+    library: str = ""
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -153,11 +160,11 @@ class OnnxModel:
 
     concurrent = True
 
-    def __init__(self, session: Any, providers: Sequence[Provider] = ()) -> None:
+    def __init__(self, session: Any, chosen: Sequence[Provider] = ()) -> None:
         self._session = session
         self.inputs = _specs("input", session.get_inputs())
         self.outputs = _specs("output", session.get_outputs())
-        self.placement = _placement(session, providers)
+        self.placement = _placement(session, chosen)
         self._output_names = [spec.name for spec in self.outputs]
         datatypes = {spec.datatype for spec in (*self.inputs, *self.outputs)}
         self._has_text = "BYTES" in datatypes
@@ -299,19 +306,38 @@ def _failure(doing: str, error: Exception) -> EdgeError:
 def _session(artifact: Path | bytes, options: Options) -> Any:
     library = _library()
     chosen = [_as_provider(choice) for choice in options.providers]
+    told = _session_options(library, options)
+    listed: dict[str, Any] = {}
+    if any(_is_plugin(provider) for provider in chosen):
+        for index, provider in enumerate(chosen):
+            _add_provider(told, provider, f"options.providers[{index}]")
+    else:
+        listed["providers"] = [provider.name for provider in chosen]
+        listed["provider_options"] = [provider.options for provider in chosen]
     try:
         return library.InferenceSession(
             artifact if isinstance(artifact, bytes) else str(artifact),
-            sess_options=_session_options(library, options),
-            providers=[provider.name for provider in chosen],
-            provider_options=[provider.options for provider in chosen],
+            sess_options=told,
             enable_fallback=0,
+            **listed,
         )
     except _foreign() as e:
-        raise BackendError(
-            f"onnxruntime {library.__version__} refuses the artifact: {_brief(e)}",
-            where=str(artifact) if isinstance(artifact, Path) else "",
-        ) from e
+        raise _refusal(artifact, e) from e
+
+
+def _refusal(artifact: Path | bytes, error: Exception) -> BackendError:
+    text = _brief(error)
+    left = "fallback to CPU EP has been explicitly disabled" in text
+    return BackendError(
+        "some nodes would run on the CPU"
+        if left
+        else f"onnxruntime {_library().__version__} refuses the artifact: {text}",
+        where=str(artifact) if isinstance(artifact, Path) else "",
+        remedy="fix free dimensions with `dimensions`, quantize the model for the accelerator, or "
+        "allow cpu_fallback"
+        if left
+        else "",
+    )
 
 
 def _session_options(library: Any, options: Options) -> Any:
@@ -342,16 +368,86 @@ def _as_provider(choice: str | Provider) -> Provider:
 
 
 def _check_providers(options: Options) -> None:
-    available = list(_library().get_available_providers())
+    """Every provider is there, plug-ins registered. Raises: BackendError."""
     for index, provider in enumerate(map(_as_provider, options.providers)):
-        if provider.name not in available:
+        where = f"options.providers[{index}]"
+        if _is_plugin(provider):
+            _load_plugin(provider, where)
+        elif provider.name not in (built_in := _built_in()):
             raise BackendError(
                 f"this onnxruntime has no provider {provider.name!r}",
-                where=f"options.providers[{index}]",
-                expected="one of " + ", ".join(available),
-                remedy=did_you_mean(provider.name, available)
+                where=where,
+                expected="one of " + ", ".join(built_in),
+                remedy=providers.remedy(provider.name)
+                or did_you_mean(provider.name, {*built_in, *providers.known()})
                 or "install the onnxruntime build that has it",
             )
+
+
+@functools.cache
+def _built_in() -> tuple[str, ...]:
+    """The providers that the library itself has: asked before any plug-in is registered."""
+    return tuple(_library().get_available_providers())
+
+
+def _is_plugin(provider: Provider) -> bool:
+    return provider.name not in _built_in() and bool(_plugin_path(provider))
+
+
+def _plugin_path(provider: Provider) -> str:
+    """The library of a provider's plug-in: as the options say, or in its installed package."""
+    module_name = providers.PLUGINS.get(provider.name, "")
+    if provider.library or not module_name:
+        return provider.library
+    if importlib.util.find_spec(module_name) is None:
+        return ""
+    return str(importlib.import_module(module_name).get_library_path())
+
+
+def _load_plugin(provider: Provider, where: str) -> None:
+    """Have the library load a provider's plug-in. Raises: BackendError."""
+    if not hasattr(_library(), "register_execution_provider_library"):
+        raise BackendError(
+            f"onnxruntime {_library().__version__} takes no plug-ins",
+            where=where,
+            remedy="install onnxruntime 1.24 or newer",
+        )
+    path = _plugin_path(provider)
+    try:
+        _register(provider.name, path)
+    except _foreign() as e:
+        raise BackendError(
+            f"the plug-in of {provider.name} does not load: {_brief(e)}",
+            where=where,
+            expected=f"{path}, for this onnxruntime",
+            remedy=providers.remedy(provider.name),
+        ) from e
+
+
+@functools.cache
+def _register(name: str, path: str) -> None:
+    """Once for a process: the library refuses a second time."""
+    _library().register_execution_provider_library(name, path)
+
+
+def _add_provider(session: Any, provider: Provider, where: str) -> None:
+    """Give a session a provider, where one of them is a plug-in: then all are given like this."""
+    if provider.name == CPU:
+        return  # it comes last by itself
+    if not _is_plugin(provider):
+        session.add_provider(provider.name, provider.options)
+        return
+    devices = [one for one in _library().get_ep_devices() if one.ep_name == provider.name]
+    if not devices:
+        raise BackendError(
+            f"{provider.name} finds no device that it can drive",
+            where=where,
+            remedy="install the device's driver; see `edge-runtime doctor`",
+        )
+    try:
+        session.add_provider_for_devices(devices, provider.options)
+    except _foreign() as e:
+        raise BackendError(f"{provider.name} refuses: {_brief(e)}", where=where) from e
 
 
 def _check_dimensions(artifact: Path, dimensions: Mapping[str, int]) -> None:
@@ -386,12 +482,12 @@ def _spec(role: str, node: Any) -> TensorSpec:
     return TensorSpec(node.name, _DATATYPES[node.type], shape)
 
 
-def _placement(session: Any, providers: Sequence[Provider]) -> tuple[Placement, ...]:
+def _placement(session: Any, chosen: Sequence[Provider]) -> tuple[Placement, ...]:
     """Where nodes were placed; an older library can only tell which providers are registered."""
-    options = {provider.name: provider.options for provider in providers}
+    options = {provider.name: provider.options for provider in chosen}
 
     def device(name: str) -> str:
-        return placement.provider_device(name, options.get(name, {}))
+        return providers.provider_device(name, options.get(name, {}))
 
     ask = getattr(session, "get_provider_graph_assignment_info", None)
     if ask is None:

@@ -10,45 +10,19 @@ the CPU and goes on listing the accelerator; OpenVINO's AUTO goes to the next de
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from edge_runtime.backends.protocol import Placement
+from edge_runtime.backends.providers import CPU, provider_device
 
 Policy = Literal["auto", "refuse", "alarm", "allow"]
 Action = Literal["refuse", "alarm", "allow"]
 
-CPU = "CPU"
 # Device classes of a variant that ask for no accelerator.
 _PLAIN_CLASSES = frozenset({"", "any", "cpu"})
-
-# Where the nodes of an onnxruntime execution provider run.
-_PROVIDER_DEVICES = {
-    "CPUExecutionProvider": CPU,
-    "XnnpackExecutionProvider": CPU,
-    "ACLExecutionProvider": CPU,
-    "ArmNNExecutionProvider": CPU,
-    "DnnlExecutionProvider": CPU,
-    "CUDAExecutionProvider": "GPU",
-    "TensorrtExecutionProvider": "GPU",
-    "NvTensorRTRTXExecutionProvider": "GPU",
-    "MIGraphXExecutionProvider": "GPU",
-    "RknpuExecutionProvider": "NPU",
-    "VitisAIExecutionProvider": "NPU",
-    "VSINPUExecutionProvider": "NPU",
-}
-# Providers that drive several kinds of device: the options that name it, and what they may say.
-_BY_OPTION = {
-    "OpenVINOExecutionProvider": (("device_type",), re.compile(r"(?:.*:)?(CPU|GPU|NPU)", re.I)),
-    "QNNExecutionProvider": (
-        ("backend_type", "backend_path"),
-        re.compile(r"(?:.*Qnn)?(CPU|GPU|HTP|DSP)(?:\.so|\.dll)?", re.I),
-    ),
-}
-_NPU_NAMES = frozenset({"HTP", "DSP"})
 
 
 class Fallback(msgspec.Struct, frozen=True):
@@ -56,20 +30,6 @@ class Fallback(msgspec.Struct, frozen=True):
 
     reason: str
     whole: bool  # none of it runs where it was asked to
-
-
-def provider_device(provider: str, options: Mapping[str, Any]) -> str:
-    """Where the nodes of an onnxruntime execution provider with these options run.
-
-    A provider that is in no table is called by its own name ("QNN").
-    """
-    keys, pattern = _BY_OPTION.get(provider, ((), None))
-    for key in keys:
-        said = pattern.fullmatch(str(options.get(key, ""))) if pattern else None
-        if said:
-            name = said[1].upper()
-            return "NPU" if name in _NPU_NAMES else name
-    return _PROVIDER_DEVICES.get(provider, provider.removesuffix("ExecutionProvider"))
 
 
 def device(placement: Sequence[Placement]) -> str:

@@ -224,6 +224,32 @@ class TestOptions:
         assert caught.value.where == "options.providers[0]"
         assert door.CPU in caught.value.expected
 
+    @pytest.mark.parametrize(
+        ("provider", "text"),
+        [
+            ("CUDAExecutionProvider", "pip install onnxruntime-gpu"),
+            ("XnnpackExecutionProvider", "--use_xnnpack"),
+            ("QNNExecutionProvidr", "did you mean 'QNNExecutionProvider'?"),
+        ],
+    )
+    def test_a_missing_provider_has_its_remedy(self, tmp_path: Path, provider: str, text: str):
+        if provider in onnxruntime.get_available_providers():
+            pytest.skip(f"this onnxruntime has {provider}")
+        with pytest.raises(BackendError) as caught:
+            load(identity(tmp_path, "FLOAT"), providers=[provider])
+        assert text in caught.value.remedy
+
+    @pytest.mark.skipif(IS_OLD, reason="this onnxruntime takes no plug-ins")
+    def test_a_plugin_that_is_none_is_an_error_that_names_its_file(self, tmp_path: Path):
+        library = tmp_path / "libplugin.so"
+        library.write_bytes(b"no library")
+        provider = {"name": "OtherExecutionProvider", "library": str(library)}
+        for _ in range(2):  # not remembered as done
+            with pytest.raises(BackendError) as caught:
+                load(identity(tmp_path, "FLOAT"), providers=[provider])
+            assert caught.value.where == "options.providers[0]"
+            assert str(library) in caught.value.expected
+
     def test_a_provider_takes_its_own_options(self, tmp_path: Path):
         provider = {"name": door.CPU, "options": {"use_arena": "0"}}
         model = load(identity(tmp_path, "FLOAT"), providers=[provider])

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from edge_runtime.backends import placement
-from edge_runtime.backends.placement import Fallback, action, fallen_back, provider_device
+from edge_runtime.backends.placement import Fallback, action, fallen_back
 from edge_runtime.backends.protocol import Placement
+from edge_runtime.backends.providers import provider_device
 
 CPU = Placement("CPU", "CPU, f32", 10)
 NPU = Placement("NPU", "NPU, f16", 30)
