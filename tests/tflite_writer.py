@@ -19,7 +19,7 @@ FLOAT32, INT32, UINT8, INT64, STRING, BOOL = 0, 2, 3, 4, 5, 6
 INT8, RESOURCE = 9, 13
 TYPE_SIZES = {FLOAT32: 4, INT32: 4, UINT8: 1, INT64: 8, BOOL: 1, INT8: 1}
 
-ADD, FULLY_CONNECTED, MUL, CUSTOM, QUANTIZE = 0, 9, 18, 32, 114
+ADD, DEQUANTIZE, FULLY_CONNECTED, MUL, CUSTOM, QUANTIZE = 0, 6, 9, 18, 32, 114
 CALL_ONCE, VAR_HANDLE, READ_VARIABLE, ASSIGN_VARIABLE = 129, 142, 143, 144
 ADD_OPTIONS, MUL_OPTIONS, FULLY_CONNECTED_OPTIONS = 11, 21, 8  # BuiltinOptions
 CALL_ONCE_OPTIONS, VAR_HANDLE_OPTIONS = 103, 111
@@ -140,13 +140,16 @@ def flatbuffer(root: Table, identifier: bytes = b"TFL3") -> bytes:
 
 @dataclass(frozen=True)
 class Tensor:
-    """`shape` has -1 for a free dimension; `data`: a constant. `scale`: a quantized tensor."""
+    """`shape` has -1 for a free dimension; `data`: a constant.
+
+    `scales`: a quantized tensor; one for all of it, or one for each index of axis 0.
+    """
 
     name: str
     shape: Sequence[int]
     type: int = FLOAT32
     data: bytes = b""
-    scale: float = 0.0
+    scales: Sequence[float] = ()
     zero_point: int = 0
     is_variable: bool = False
 
@@ -241,8 +244,9 @@ def _tensor(tensor: Tensor, parts: _Parts) -> Table:
         5: u8(tensor.is_variable),
         8: u8(1),
     }
-    if tensor.scale:
-        table[4] = {2: Vector("f", [tensor.scale]), 3: Vector("q", [tensor.zero_point])}
+    if tensor.scales:
+        zeros = [tensor.zero_point] * len(tensor.scales)
+        table[4] = {2: Vector("f", tensor.scales), 3: Vector("q", zeros)}
     if -1 in tensor.shape:
         table[7] = ints(tensor.shape)
     return table
@@ -297,6 +301,51 @@ def linear(weights: Any, batch: int = -1, **changes: Any) -> bytes:
     )
     signature = Signature({"input": 0}, {"output": 2})
     return model(graph, **{"signatures": [signature], **changes})
+
+
+def linear_int8(weights: Any) -> bytes:
+    """As `linear` with INT8 activations and weights: QUANTIZE, FULLY_CONNECTED, DEQUANTIZE.
+
+    Inputs are taken to lie in -1..1; a step of the output is 0.1.
+    """
+    width, classes = weights.shape
+    step = float(abs(weights).max()) / 127
+    stored = (weights.T / step).round().astype("int8").tobytes()
+    graph = Graph(
+        [
+            Tensor("input", [-1, width]),
+            Tensor("stored_input", [-1, width], INT8, scales=[1 / 127]),
+            Tensor("weights", [classes, width], INT8, stored, scales=[step]),
+            Tensor("stored_output", [-1, classes], INT8, scales=[0.1]),
+            Tensor("output", [-1, classes]),
+        ],
+        [
+            Operator(QUANTIZE, [0], [1]),
+            Operator(FULLY_CONNECTED, [1, 2, -1], [3], FULLY_CONNECTED_OPTIONS),
+            Operator(DEQUANTIZE, [3], [4]),
+        ],
+        [0],
+        [4],
+    )
+    return model(graph)
+
+
+def linear_dynamic_int8(weights: Any) -> bytes:
+    """As `linear`, its weights stored as INT8 with a scale for each output: "dynamic range"."""
+    width, classes = weights.shape
+    steps = abs(weights).max(axis=0) / 127
+    stored = (weights / steps).round().astype("int8").T.tobytes()
+    graph = Graph(
+        [
+            Tensor("input", [-1, width]),
+            Tensor("weights", [classes, width], INT8, stored, scales=[float(s) for s in steps]),
+            Tensor("output", [-1, classes]),
+        ],
+        [Operator(FULLY_CONNECTED, [0, 1, -1], [2], FULLY_CONNECTED_OPTIONS)],
+        [0],
+        [2],
+    )
+    return model(graph)
 
 
 def pair() -> bytes:
@@ -359,9 +408,9 @@ def compiled(operator: str = "ethos-u") -> bytes:
     """What an accelerator's compiler leaves: one operator that only its delegate has."""
     graph = Graph(
         [
-            Tensor("input", [1, 4], INT8, scale=0.1, zero_point=-1),
+            Tensor("input", [1, 4], INT8, scales=[0.1], zero_point=-1),
             Tensor("command_stream", [16], UINT8, data=bytes(range(16))),
-            Tensor("output", [1, 4], INT8, scale=0.2, zero_point=3),
+            Tensor("output", [1, 4], INT8, scales=[0.2], zero_point=3),
         ],
         [Operator(operator, [0, 1], [2], custom_options=b"\x01\x04\x01")],
         [0],

@@ -32,7 +32,7 @@ import msgspec
 import numpy as np
 
 from edge_runtime import tensors
-from edge_runtime.backends import checks
+from edge_runtime.backends import checks, heap
 from edge_runtime.backends import options as typed
 from edge_runtime.backends.protocol import Placement
 from edge_runtime.errors import BackendError, UsageError, did_you_mean
@@ -147,7 +147,9 @@ class LiteRt:
         library = _library()
         if chosen.delegate is not None:
             _check_delegate(chosen.delegate)
-        return LiteRtModel(lambda: _Engine(library, artifact, chosen), chosen)
+        model = LiteRtModel(lambda: _Engine(library, artifact, chosen), chosen)
+        heap.give_back()
+        return model
 
 
 # --- a model -------------------------------------------------------------------------------------
@@ -353,12 +355,12 @@ def _interpreter(library: _Library, artifact: Path, options: Options) -> Any:
 def _names(interpreter: Any, kind: str) -> tuple[dict[int, str], dict[int, str]]:
     """Tensor number -> name, for inputs and outputs.
 
-    Those of the first signature that covers exactly the inputs and outputs of the main graph, with
-    one name for each; else the tensors' own.
+    Those of the first signature (by key) that covers exactly the inputs and outputs of the main
+    graph, with one name for each; else the tensors' own. As `bundle/tflite_graph.py` has it.
     """
     sides = (interpreter.get_input_details(), interpreter.get_output_details())
     own = tuple({int(d["index"]): str(d["name"]) for d in details} for details in sides)
-    for key in interpreter.get_signature_list() if kind == "signature" else ():
+    for key in sorted(interpreter.get_signature_list()) if kind == "signature" else ():
         runner = interpreter.get_signature_runner(key)
         inputs, outputs = runner.get_input_details(), runner.get_output_details()
         if _is_the_same(inputs, own[0]) and _is_the_same(outputs, own[1]):

@@ -18,7 +18,7 @@ import msgspec
 
 import edge_runtime
 from edge_runtime import tensors
-from edge_runtime.bundle import archive, lint, source
+from edge_runtime.bundle import archive, lint, source, tflite_graph
 from edge_runtime.bundle import manifest as manifests
 from edge_runtime.bundle.manifest import (
     Blob,
@@ -32,6 +32,7 @@ from edge_runtime.bundle.manifest import (
 )
 from edge_runtime.bundle.onnx_graph import OnnxGraph, Value
 from edge_runtime.bundle.source import Source
+from edge_runtime.bundle.tflite_graph import TfliteGraph
 from edge_runtime.errors import BundleError, EdgeError, UsageError
 from edge_runtime.tensors import TensorSpec
 
@@ -66,8 +67,19 @@ _INTEGER_ATOL_SHARE = 0.02
 _TOLERANCE_SHARE_MAX = 0.25  # a wider tolerance notices little
 
 
+class Choice(NamedTuple):
+    """A model file and the backend that shall run it; "": the usual one for its format."""
+
+    path: Path
+    backend: str = ""
+
+
 class Options(msgspec.Struct, frozen=True):
-    """What the user says beside the models. `shapes` fixes inputs' shapes for generated goldens."""
+    """What the user says beside the models.
+
+    `shapes` fixes inputs' shapes for generated goldens; `backend_options` become the options of all
+    variants of a backend.
+    """
 
     name: str
     version: int = 1
@@ -80,6 +92,7 @@ class Options(msgspec.Struct, frozen=True):
     postprocess: Postprocess | None = None
     card: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
+    backend_options: dict[str, dict[str, Any]] = {}
 
 
 class Created(NamedTuple):
@@ -91,15 +104,17 @@ class Created(NamedTuple):
 
 
 class _Model(NamedTuple):
-    """A model file that has passed lint."""
+    """A model file that has passed lint; inputs and outputs as its backend names them."""
 
     path: Path
     content: Source
     blob: Blob
     format: str
+    backend: str
+    options: dict[str, Any]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    graph: OnnxGraph | None
+    graph: OnnxGraph | TfliteGraph | None
 
 
 class _Recorded(NamedTuple):
@@ -110,7 +125,7 @@ class _Recorded(NamedTuple):
 
 
 def create(
-    models: Sequence[Path],
+    models: Sequence[Path | Choice],
     options: Options,
     out: Path,
     load: Load | None = None,
@@ -119,7 +134,8 @@ def create(
     """Make a bundle of model files.
 
     Args:
-        models: one artifact for each variant; the first one's outputs are the reference.
+        models: one artifact for each variant; the first one's outputs are the reference. A file may
+            come twice, for two backends.
         options: what the models do not say themselves.
         out: the `.bundle` file to write; replaced if it exists.
         load: how to run a model. Without it there are no goldens.
@@ -133,7 +149,8 @@ def create(
     """
     if not models:
         raise UsageError("no model is given", expected="at least one model file")
-    opened = [_open_model(path, say) for path in models]
+    choices = [Choice(one) if isinstance(one, Path) else one for one in models]
+    opened = _named_alike([_open_model(choice, options, say) for choice in choices])
     _check_same_signature(opened)
     inputs, outputs = _specs(opened[0].inputs, opened[0]), _specs(opened[0].outputs, opened[0])
     variants = _variants(opened)
@@ -157,21 +174,59 @@ def create(
 # --- what the models say -------------------------------------------------------------------------
 
 
-def _open_model(path: Path, say: Say) -> _Model:
+def _open_model(choice: Choice, options: Options, say: Say) -> _Model:
+    path = choice.path
     say(f"reading {path.name}", 0, 0)
     content = source.from_path(path.resolve())
     artifact = lint.lint_artifact(content, path.name)
     lint.refuse(list(artifact.findings))
-    if artifact.inputs is None or artifact.outputs is None:
-        raise BundleError(
-            f"inputs and outputs of {artifact.format} files are not read yet",
+    backend = choice.backend or BACKEND_OF_FORMAT[artifact.format]
+    if artifact.format not in lint.BACKEND_FORMATS.get(backend, ()):
+        raise UsageError(
+            f"the backend {backend!r} is not given {artifact.format!r} files",
             where=str(path),
-            expected="an ONNX model",
+            expected=" or ".join(lint.BACKEND_FORMATS.get(backend, ()))
+            or "one of " + ", ".join(lint.BACKEND_FORMATS),
         )
+    chosen = dict(options.backend_options.get(backend, {}))
+    inputs, outputs = lint.signature_of(artifact, backend, chosen)
+    assert inputs is not None and outputs is not None, artifact.format
     blob = Blob(content.sha256(), content.size, path.name)
     return _Model(
-        path, content, blob, artifact.format, artifact.inputs, artifact.outputs, artifact.graph
+        path, content, blob, artifact.format, backend, chosen, inputs, outputs, artifact.graph
     )
+
+
+def _named_alike(models: list[_Model]) -> list[_Model]:
+    """Models of litert get the names that the other backends' models have, if they can.
+
+    A TFLite file knows its tensors by two names; what was exported from the same graph to ONNX has
+    the tensors' own.
+    """
+    others = [_names_of(model) for model in models if model.backend != "litert"]
+    return [
+        _with_own_names(model) if _is_named_otherwise(model, others) else model for model in models
+    ]
+
+
+def _names_of(model: _Model) -> tuple[set[str], set[str]]:
+    return {value.name for value in model.inputs}, {value.name for value in model.outputs}
+
+
+def _is_named_otherwise(model: _Model, others: list[tuple[set[str], set[str]]]) -> bool:
+    """Whether the tensors' own names are those of the others, and the present ones are not."""
+    if model.backend != "litert" or "names" in model.options or not others:
+        return False
+    return _names_of(model) != others[0] == _names_of(_with_own_names(model))
+
+
+def _with_own_names(model: _Model) -> _Model:
+    assert isinstance(model.graph, TfliteGraph)
+    inputs, outputs = (
+        tflite_graph.values(ios, "tensor") for ios in (model.graph.inputs, model.graph.outputs)
+    )
+    options = {**model.options, "names": "tensor"}
+    return model._replace(inputs=inputs, outputs=outputs, options=options)
 
 
 def _specs(values: tuple[Value, ...], model: _Model) -> tuple[TensorSpec, ...]:
@@ -199,7 +254,7 @@ def _check_same_signature(models: list[_Model]) -> None:
     for model in models[1:]:
         for group in ("inputs", "outputs"):
             want, have = _specs(getattr(first, group), first), _specs(getattr(model, group), model)
-            if want != have:
+            if sorted(want, key=_by_name) != sorted(have, key=_by_name):
                 raise BundleError(
                     f"has other {group} than {first.path.name}: {_shown(have)}",
                     where=str(model.path),
@@ -208,14 +263,23 @@ def _check_same_signature(models: list[_Model]) -> None:
                 )
 
 
+def _by_name(spec: TensorSpec) -> str:
+    return spec.name
+
+
 def _shown(specs: tuple[TensorSpec, ...]) -> str:
     return ", ".join(f"{spec.name} {spec.datatype} {list(spec.shape)}" for spec in specs)
 
 
-def guess_precision(graph: OnnxGraph | None) -> str:
-    """What a model computes with: "int8" if it quantizes, else the type of most of its weights."""
+def guess_precision(graph: OnnxGraph | TfliteGraph | None) -> str:
+    """What a model computes with: "int8" if it quantizes, else the type of most of its weights.
+
+    "int8-dynamic": a TFLite file whose weights are INT8 and whose activations are not.
+    """
     if graph is None:
         return ""
+    if isinstance(graph, TfliteGraph):
+        return _precision_of_tflite(graph)
     names = {name for _, name in graph.operators}
     if "MatMulNBits" in names:
         return "int4"
@@ -228,16 +292,34 @@ def guess_precision(graph: OnnxGraph | None) -> str:
     return max(weights, key=lambda datatype: weights[datatype]).lower()
 
 
+def _precision_of_tflite(graph: TfliteGraph) -> str:
+    constants = graph.constants
+    if constants.get("INT4", 0) > constants.get("INT8", 0):
+        return "int4"
+    if graph.has_quantized_activations:
+        return "int8"
+    floats = {name: constants.get(name, 0) for name in ("FP32", "FP16", "BF16", "FP64")}
+    most = max(floats, key=lambda name: floats[name])
+    if constants.get("INT8", 0) + constants.get("UINT8", 0) > floats[most]:
+        return "int8-dynamic"
+    return most.lower()
+
+
 def _variants(models: list[_Model]) -> tuple[Variant, ...]:
-    """Named by precision where that tells them apart, else by file."""
+    """Named by precision where that tells them apart, else with the backend, else by file."""
     precisions = [guess_precision(model.graph) for model in models]
+    keys = [(precision, model.backend) for precision, model in zip(precisions, models, strict=True)]
     names: list[str] = []
     for model, precision in zip(models, precisions, strict=True):
-        is_enough = precision and precisions.count(precision) == 1
-        name = precision if is_enough else _as_name(model.path.stem)
+        if precision and precisions.count(precision) == 1:
+            name = precision
+        elif precision and keys.count((precision, model.backend)) == 1:
+            name = f"{precision}-{model.backend}"
+        else:
+            name = _as_name(model.path.stem)
         names.append(_unused(name, names))
     return tuple(
-        Variant(name, BACKEND_OF_FORMAT[model.format], model.blob, precision)
+        Variant(name, model.backend, model.blob, precision, options=model.options)
         for name, model, precision in zip(names, models, precisions, strict=True)
     )
 
@@ -587,9 +669,21 @@ def _bare_manifest(
 
 def _provenance(model: _Model) -> dict[str, Any]:
     out: dict[str, Any] = {"filename": model.path.name, "sha256": model.blob.sha256}
-    if model.graph is not None:
+    if isinstance(model.graph, OnnxGraph):
         out |= {"producer": model.graph.producer, "opset": model.graph.opsets.get("", 0)}
+    elif model.graph is not None:
+        out |= {"producer": model.graph.description, **_quantization(model.graph)}
     return out
+
+
+def _quantization(graph: TfliteGraph) -> dict[str, Any]:
+    """Of inputs and outputs that are served quantized: real = scale * (stored - zero_point)."""
+    found = {
+        io.signature_name: io.quantization._asdict()
+        for io in (*graph.inputs, *graph.outputs)
+        if io.quantization is not None
+    }
+    return {"quantization": found} if found else {}
 
 
 def _with_sizes(step: Preprocess | None, inputs: tuple[TensorSpec, ...]) -> Preprocess | None:
@@ -620,7 +714,7 @@ def _with_goldens(
     for variant, model, mine in zip(bare.variants, models, recorded, strict=True):
         deviation = _deviation_of(mine, recorded[0], names)
         largest, spread = _range(mine.outputs)
-        scale = max(model.graph.output_scales.values(), default=0.0) if model.graph else 0.0
+        scale = _scale(model)
         limit = tolerance(variant.precision or "fp32", largest, spread, scale, deviation)
         variants.append(msgspec.structs.replace(variant, tolerance=limit))
         if mine is not recorded[0]:
@@ -649,6 +743,11 @@ def _with_goldens(
     if _has_batch_axis(models[0], trusted=False) and not batched:
         notes.append("axis 0 is free, but rows in one batch change each other: no batch axis")
     return manifest, store.sources, tuple(notes)
+
+
+def _scale(model: _Model) -> float:
+    """The largest quantization step of its outputs, in the outputs' own unit; 0 if not known."""
+    return max(model.graph.output_scales.values(), default=0.0) if model.graph else 0.0
 
 
 class _Blobs:

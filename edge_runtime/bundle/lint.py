@@ -8,17 +8,18 @@ operators are tables. Everything that is not in a table is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from edge_runtime.bundle import manifest as manifests
-from edge_runtime.bundle import onnx_graph
+from edge_runtime.bundle import onnx_graph, tflite_graph
 from edge_runtime.bundle.manifest import Manifest, Variant
 from edge_runtime.bundle.onnx_graph import OnnxGraph, Value
 from edge_runtime.bundle.source import Source
+from edge_runtime.bundle.tflite_graph import TfliteGraph
 from edge_runtime.errors import BundleError
 from edge_runtime.tensors import TensorSpec
 
@@ -54,7 +55,7 @@ class Artifact(NamedTuple):
     format: str
     inputs: tuple[Value, ...] | None
     outputs: tuple[Value, ...] | None
-    graph: OnnxGraph | None
+    graph: OnnxGraph | TfliteGraph | None
     findings: tuple[Finding, ...]
 
 
@@ -69,6 +70,16 @@ FORBIDDEN_OPERATORS: dict[tuple[str, str], str] = {
     ("com.microsoft", "PythonOp"): "it runs Python code",
     ("com.microsoft", "PythonOpGrad"): "it runs Python code",
     ("com.microsoft", "ATen"): "it calls into another framework",
+}
+
+# Custom operators of TFLite that LiteRT and tflite-runtime bring.
+TFLITE_CUSTOM_OPERATORS = ("AudioSpectrogram", "Mfcc", "TFLite_Detection_PostProcess")
+# Custom operators that an accelerator's compiler leaves -> whose they are, and the delegate that
+# has them.
+DELEGATE_OPERATORS: dict[str, tuple[str, str]] = {
+    "ethos-u": ("Arm Ethos-U (compiled with vela)", "libethosu_delegate.so"),
+    "edgetpu-custom-op": ("Coral EdgeTPU", "libedgetpu.so.1"),
+    "vsi-npu": ("VeriSilicon NPU", "libvx_delegate.so"),
 }
 
 # What a backend may be given. A backend that is not here gets nothing.
@@ -149,11 +160,29 @@ def lint_variant(
     findings = list(artifact.findings)
     findings += _backend_findings(variant, artifact, here)
     findings += _option_findings(variant.options, f"{here}.options")
-    if artifact.inputs is not None:
-        findings += _signature_findings("inputs", manifest.inputs, artifact.inputs, here)
-    if artifact.outputs is not None:
-        findings += _signature_findings("outputs", manifest.outputs, artifact.outputs, here)
+    if isinstance(artifact.graph, TfliteGraph):
+        findings += _tflite_findings(variant, artifact.graph, here)
+    inputs, outputs = signature_of(artifact, variant.backend, variant.options)
+    if inputs is not None:
+        findings += _signature_findings("inputs", manifest.inputs, inputs, here)
+    if outputs is not None:
+        findings += _signature_findings("outputs", manifest.outputs, outputs, here)
     return findings
+
+
+def signature_of(
+    artifact: Artifact, backend: str, options: Mapping[str, Any]
+) -> tuple[tuple[Value, ...] | None, tuple[Value, ...] | None]:
+    """Inputs and outputs under the names that a backend gives them.
+
+    Only TFLite files have two sets of names; of the backends that read them, only litert knows
+    those of signatures.
+    """
+    graph = artifact.graph
+    if not isinstance(graph, TfliteGraph):
+        return artifact.inputs, artifact.outputs
+    names = options.get("names", "signature") if backend == "litert" else "tensor"
+    return tflite_graph.values(graph.inputs, names), tflite_graph.values(graph.outputs, names)
 
 
 def lint_artifact(
@@ -184,7 +213,7 @@ def lint_artifact(
     except BundleError as e:
         message = f"{e.message} (expected {e.expected})" if e.expected else e.message
         return _refused(known.name, Finding("error", e.where, message, e.remedy))
-    if artifact.graph is None:
+    if not isinstance(artifact.graph, OnnxGraph):
         return artifact
     findings = _operator_findings(artifact.graph, custom_domains, source.where)
     return artifact._replace(findings=(*artifact.findings, *findings))
@@ -271,6 +300,39 @@ def _option_findings(value: Any, where: str) -> Iterator[Finding]:
             yield from _option_findings(item, f"{where}[{index}]")
 
 
+def _tflite_findings(variant: Variant, graph: TfliteGraph, where: str) -> Iterator[Finding]:
+    """Custom operators without the delegate that has them, and a state that nobody asked for."""
+    known = (*TFLITE_CUSTOM_OPERATORS, *variant.custom_domains)
+    has_delegate = variant.backend == "litert" and variant.options.get("delegate") is not None
+    for name in sorted(graph.custom_operators):
+        if name in known or has_delegate:
+            continue
+        yield Finding("error", f"{where}.artifact", *_custom_operator(name[:200]))
+    if graph.is_stateful and "stateful" not in variant.options:
+        yield Finding(
+            "note",
+            f"{where}.artifact",
+            "has variables; every request starts from the state in the file",
+            "set the option stateful to keep (or reset) to say which is meant",
+        )
+
+
+def _custom_operator(name: str) -> tuple[str, str]:
+    """What is wrong with a custom operator, and what to do."""
+    if name in DELEGATE_OPERATORS:
+        whose, delegate = DELEGATE_OPERATORS[name]
+        return (
+            f"uses the operator {name}: it is compiled for {whose} and runs with its delegate only",
+            f"set options.delegate: {{library: {delegate}}} on the backend litert",
+        )
+    if name.startswith("Flex"):
+        return f"uses the TensorFlow operator {name}", "convert the model without SELECT_TF_OPS"
+    return (
+        f"uses the custom operator {name}",
+        "name the delegate that has it (options.delegate), or the operator in custom_domains",
+    )
+
+
 def _signature_findings(
     path: str, declared: tuple[TensorSpec, ...], found: tuple[Value, ...], where: str
 ) -> Iterator[Finding]:
@@ -350,13 +412,19 @@ def _read_onnx(source: Source, limits: Limits) -> Artifact:
 
 
 def _read_tflite(source: Source, limits: Limits) -> Artifact:
-    """The root table must lie inside the file; the rest is left to the backend so far."""
-    root = int.from_bytes(source.read_at(0, 4), "little")
-    if not 8 <= root <= source.size - 4:
-        raise BundleError("the root table lies outside the file", where=source.where)
-    message = "tensors and operators of TFLite files are not compared with the manifest"
-    note = Finding("note", source.where, message, "goldens are: have some")
-    return Artifact("tflite", None, None, None, (note,))
+    """Under the names of its signature; `signature_of` knows the others too."""
+    graph = tflite_graph.read(source)
+    findings = []
+    if graph.external:
+        findings.append(Finding("error", source.where, graph.external, "save it in one file"))
+    nodes = sum(graph.operators.values()) + sum(graph.custom_operators.values())
+    if nodes > limits.nodes_max:
+        message = f"has {nodes} nodes; at most {limits.nodes_max} are allowed"
+        findings.append(Finding("error", source.where, message, "use a smaller model"))
+    inputs, outputs = (
+        tflite_graph.values(ios, "signature") for ios in (graph.inputs, graph.outputs)
+    )
+    return Artifact("tflite", inputs, outputs, graph, tuple(findings))
 
 
 class _ReferenceDocument(msgspec.Struct):

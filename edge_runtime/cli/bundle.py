@@ -54,13 +54,20 @@ def _add_create(commands: Any) -> None:
         description="Several models become variants of one; the first one's answers count.",
     )
     add = create.add_argument
-    add("models", metavar="MODEL", type=Path, nargs="+")
+    add("models", metavar="[BACKEND=]MODEL", type=_choice, nargs="+")
     add("--name", required=True, help="the model's name: a-z 0-9 . _ -")
     add("--version", type=args.count, default=1, metavar="N", help="a counter (default 1)")
     add("--label", default="", help="the version for people: 1.4.2")
     add("--goldens", type=_goldens, default=3, metavar="N", help="recorded answers (default 3)")
     add("--samples", type=Path, metavar="FILE", help="real inputs for the goldens: .npz or .npy")
     add("--shape", action="append", default=[], metavar="INPUT=1,3,64,64", help="fix free sizes")
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="BACKEND.NAME=VALUE",
+        help="an option of all variants of a backend: litert.stateful=keep; JSON or text",
+    )
     add("--seed", type=_goldens, default=0, metavar="S", help="of generated inputs (default 0)")
     add("--labels", type=Path, metavar="FILE", help="names of the output's values, one a line")
     add("--activation", default="none", choices=("none", "softmax", "sigmoid"))
@@ -74,6 +81,14 @@ def _add_create(commands: Any) -> None:
     )
     add("-o", "--out", metavar="FILE", type=Path, required=True)
     create.set_defaults(handler=_create)
+
+
+def _choice(text: str) -> tuple[str, Path]:
+    """The backend ("": the usual one of the format) and the file."""
+    from edge_runtime.backends import BACKENDS
+
+    backend, equals, path = text.partition("=")
+    return (backend, Path(path)) if equals and backend in BACKENDS else ("", Path(text))
 
 
 def _goldens(text: str) -> int:
@@ -92,8 +107,9 @@ def _create(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
     progress = Progress(sys.stderr, quiet=arguments.json)
     load = _backend_loader() if options.goldens else None
+    models = [create.Choice(path, backend) for backend, path in arguments.models]
     try:
-        made = create.create(arguments.models, options, arguments.out, load, progress.update)
+        made = create.create(models, options, arguments.out, load, progress.update)
     finally:
         progress.close()
     reply = {"out": str(arguments.out), "sha256": made.sha256, "notes": list(made.notes)}
@@ -120,6 +136,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         samples=arguments.samples,
         seed=arguments.seed,
         shapes=dict(_shape(text) for text in arguments.shape),
+        backend_options=_backend_options(arguments.option),
         preprocess=_preprocess(arguments.preprocess),
         postprocess=_postprocess(arguments),
     )
@@ -130,6 +147,33 @@ def _backend_loader() -> Load:
     from edge_runtime import backends
 
     return lambda variant, path: backends.backend(variant.backend).load(path, variant.options).run
+
+
+def _backend_options(texts: list[str]) -> dict[str, dict[str, Any]]:
+    import msgspec
+
+    from edge_runtime.backends import BACKENDS
+
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        backend, dot, name = key.partition(".")
+        if not (equals and dot and name):
+            raise UsageError(
+                f"{text!r} is no option", where="--option", expected="litert.stateful=keep"
+            )
+        if backend not in BACKENDS:
+            raise UsageError(
+                f"unknown backend {backend!r}",
+                where="--option",
+                expected="one of " + ", ".join(BACKENDS),
+                remedy=did_you_mean(backend, BACKENDS),
+            )
+        try:
+            found.setdefault(backend, {})[name] = msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            found.setdefault(backend, {})[name] = value  # text without quotes
+    return found
 
 
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:

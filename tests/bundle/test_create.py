@@ -341,7 +341,7 @@ def test_missing_files_and_no_models_are_refused(make, tmp_path):
     with pytest.raises(UsageError):
         make()
     (tmp_path / "x.tflite").write_bytes((8).to_bytes(4, "little") + b"TFL3" + bytes(100))
-    with pytest.raises(BundleError, match="not read yet"):
+    with pytest.raises(BundleError, match="not a TFLite model"):
         make(tmp_path / "x.tflite")
 
 

@@ -21,11 +21,12 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.bundle import archive, lint, onnx_graph, source
+from edge_runtime.bundle import archive, lint, onnx_graph, source, tflite_graph
 from edge_runtime.bundle import document as documents
 from edge_runtime.bundle import manifest as manifests
 from edge_runtime.errors import BundleError
-from tests.bundle.conftest import bundle_of, document, linear, linear_int8
+from tests import tflite_writer
+from tests.bundle.conftest import bundle_of, document, linear, linear_int8, weights
 
 BUDGET_S = float(os.environ.get("FUZZ_BUDGET_S", "2"))  # per corpus
 ROUNDS_MIN = 300  # fewer would mean that something takes far too long
@@ -78,6 +79,10 @@ def fuzz_onnx(data: bytes) -> None:
     onnx_graph.read(source.from_bytes(data))
 
 
+def fuzz_tflite(data: bytes) -> None:
+    tflite_graph.read(source.from_bytes(data))
+
+
 def fuzz_lint(data: bytes) -> None:
     """Findings, never an exception."""
     lint.lint_artifact(source.from_bytes(data), "model")
@@ -108,7 +113,14 @@ CORPORA: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = 
         fuzz_onnx,
         lambda: [linear().SerializeToString(), linear_int8().SerializeToString()],
     ),
-    "lint": (fuzz_lint, lambda: [linear_int8().SerializeToString(), REFERENCE]),
+    "tflite": (
+        fuzz_tflite,
+        lambda: [tflite_writer.linear(weights()), tflite_writer.counter()],
+    ),
+    "lint": (
+        fuzz_lint,
+        lambda: [linear_int8().SerializeToString(), REFERENCE, tflite_writer.compiled()],
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from edge_runtime.bundle import archive, lint, source
 from edge_runtime.bundle import manifest as manifests
 from edge_runtime.bundle.lint import Limits
 from edge_runtime.errors import BundleError
+from tests import tflite_writer
 from tests.bundle.conftest import bundle_of, document, linear, model_of
 
 
@@ -122,7 +123,7 @@ def test_the_name_does_not_make_a_pickle_a_model():
 
 
 def test_tflite_is_recognised_and_its_root_must_lie_inside():
-    good = (8).to_bytes(4, "little") + b"TFL3" + bytes(100)
+    good = tflite_writer.pair()
     assert linted(good, "m.tflite").format == "tflite"
     assert errors(linted(good, "m.tflite")) == []
     bad = (1 << 30).to_bytes(4, "little") + b"TFL3" + bytes(100)
