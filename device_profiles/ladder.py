@@ -34,7 +34,8 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is given up from a temperature on. A field at its default gives nothing up.
 
     Raises:
-        ValueError: `leave_c` is not far enough below `enter_c`, or the step gives nothing up.
+        ValueError: `leave_c` is not far enough below `enter_c`, a range of `cpus` goes downwards,
+            or the step gives nothing up.
     """
 
     enter_c: Annotated[float, _number(20, 120, "degrees Celsius", "as hot as this: one step down")]
@@ -73,6 +74,7 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"leave_c {self.leave_c:g} is not {HYSTERESIS_C_MIN:g} or more below "
                 f"enter_c {self.enter_c:g}: the jitter of a sensor would flap it"
             )
+        cores(self.cpus)
         nothing = (self.run_share, self.cpus, self.variant, self.refuse_priority_below)
         if nothing == (1.0, "", "", 0):
             raise ValueError("the step gives nothing up")
@@ -146,5 +148,7 @@ def cores(cpuset: str) -> frozenset[int]:
     found: set[int] = set()
     for part in cpuset.split(",") if cpuset else ():
         first, _, last = part.partition("-")
+        if int(last or first) < int(first):
+            raise ValueError(f"{part!r} of {cpuset!r} goes downwards")
         found.update(range(int(first), int(last or first) + 1))
     return frozenset(found)

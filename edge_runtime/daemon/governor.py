@@ -88,18 +88,20 @@ class Governor:
 
     async def run(self) -> None:
         """Look for ever."""
-        self.look()
-        self._introduce()
+        self._introduce(self._sensors.read(self._now_s()))
         while True:
-            await asyncio.sleep(self._config.interval_s)
             try:
                 self.look()
             except (EdgeError, OSError) as error:  # the next look does it all again
                 self._events.emit("governor_failed", str(error), level="error")
+            await asyncio.sleep(self._config.interval_s)
+
+    def _now_s(self) -> float:
+        return self._clock.monotonic_ns() / 1e9
 
     def look(self) -> None:
         """Read, decide, act: once."""
-        now_s = self._clock.monotonic_ns() / 1e9
+        now_s = self._now_s()
         self._reading = reading = self._sensors.read(now_s)
         self._zones = governing.watch(self._zones, self._celsius(reading), now_s)
         self._tell_of_sensors(now_s)
@@ -214,24 +216,22 @@ class Governor:
 
     # -- telling -----------------------------------------------------------------------------------
 
-    def _introduce(self) -> None:
-        """Once, at the start: what is watched."""
-        zones, steps = self._reading.zones, len(self._ladder.steps)
-        wanted = ", ".join(zone.type for zone in self._ladder.zones)
-        level: Level = "info"
-        if zones:
-            heat = (
-                f"{', '.join(zones)}; {steps} steps" if steps else f"{', '.join(zones)}; no steps"
-            )
-        elif steps:
-            heat, level = (
-                f"no thermal zone of {wanted} is here, {steps} steps wait for one",
-                "warning",
-            )
-        else:
-            heat = "no thermal zone"
-        memory = "memory pressure" if "memory" in self._reading.pressure else "no memory pressure"
-        self._events.emit("governor_began", f"watches {memory}; {heat}", level=level)
+    def _introduce(self, reading: Reading) -> None:
+        """Once, at the start: what is watched, and what of the ladder is not on this machine."""
+        steps = self._ladder.steps
+        zones = ", ".join(reading.zones) or "no thermal zone"
+        memory = "memory pressure" if "memory" in reading.pressure else "no memory pressure"
+        ladder = f"{len(steps)} steps" if steps else "no ladder"
+        self._events.emit("governor_began", f"watches {zones} ({ladder}) and {memory}")
+        if steps and not reading.zones:
+            wanted = " or ".join(zone.type for zone in self._ladder.zones)
+            self._warn(f"there is no thermal zone {wanted}: the ladder waits for throttling only")
+        for number, step in enumerate(steps, start=1):
+            if step.cpus and not cores(step.cpus) & affinity.available():
+                self._warn(f"step {number} has no effect on cores: {step.cpus} are not ours")
+
+    def _warn(self, message: str) -> None:
+        self._events.emit("ladder_does_not_fit", message, level="warning")
 
     def _tell_of_sensors(self, now_s: float) -> None:
         """Zones that stick or are silent: once each, and once when they are back."""
@@ -244,7 +244,8 @@ class Governor:
         }
         for zone in odd.keys() - self._odd:
             message = f"thermal zone {zone} {odd[zone]}"
-            self._events.emit("sensor_odd", message, level="warning", zone=zone)
+            level: Level = "warning" if self._ladder.steps else "info"  # else nothing hangs on it
+            self._events.emit("sensor_odd", message, level=level, zone=zone)
         for zone in self._odd - odd.keys():
             self._events.emit("sensor_well", f"thermal zone {zone} reads again", zone=zone)
         self._odd = frozenset(odd)

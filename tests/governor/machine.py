@@ -23,7 +23,8 @@ class Machine:
 
     def zone(self, number: int, kind: str, celsius: float | str) -> Path:
         directory = f"sys/class/thermal/thermal_zone{number}"
-        self.write(f"{directory}/type", kind + "\n")
+        if not (self.root / directory / "type").exists():
+            self.write(f"{directory}/type", kind + "\n")
         text = celsius if isinstance(celsius, str) else str(round(celsius * 1000))
         return self.write(f"{directory}/temp", text + "\n")
 

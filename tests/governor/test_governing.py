@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device_profiles.ladder import Ladder, Step, Zone
@@ -105,6 +105,7 @@ def test_a_lost_sensor_gives_back_one_step_after_the_other():
 values = st.one_of(st.none(), st.floats(-40, 125))
 
 
+@settings(deadline=None)
 @given(st.lists(values, max_size=300), st.floats(0.5, 30), st.floats(0.1, 60), st.floats(0.1, 60))
 def test_there_is_never_more_than_one_step_in_the_time_of_one(readings, interval_s, down_s, up_s):
     moves, _ = play(readings, interval_s, timing=Timing(down_s, up_s))
@@ -116,6 +117,7 @@ def test_there_is_never_more_than_one_step_in_the_time_of_one(readings, interval
     assert all(0 <= step <= len(RUNGS) for step in steps)
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 3),
     st.floats(30, 100),
@@ -127,6 +129,7 @@ def test_noise_smaller_than_the_hysteresis_moves_it_at_most_once_a_step(step, mi
     assert len({move.down for _, move in moves}) <= 1  # one direction only
 
 
+@settings(deadline=None)
 @given(st.lists(values, max_size=100), st.floats(0, 60))
 def test_when_it_is_cold_everything_comes_back(readings, cold_c):
     _, state = play(readings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -142,12 +143,25 @@ def test_a_worker_that_comes_later_is_told_at_the_next_look(world: World) -> Non
 
 def test_without_a_zone_it_says_so_and_watches_memory_only(world: World) -> None:
     governor = world.govern()
+    with pytest.raises(TimeoutError):  # it looks for ever
+        asyncio.run(asyncio.wait_for(governor.run(), 0.05))
     world.look(governor, 500)
     assert governor.describe()["temperature_c"] == {}
-    assert world.events == []
-    governor._introduce()
-    (event,) = world.events
-    assert "no thermal zone of cpu-thermal is here" in event.message
+    assert [event.message for event in world.events] == [
+        "watches no thermal zone (2 steps) and memory pressure",
+        "there is no thermal zone cpu-thermal: the ladder waits for throttling only",
+    ]
+
+
+def test_cores_that_the_machine_does_not_have_are_said_at_the_start(world: World) -> None:
+    ladder = Ladder(zones=(Zone("*"),), steps=(Step(enter_c=70, cpus="4000-4001"),))
+    world.machine.zone(0, "cpu-thermal", 75)
+    governor = world.govern(ladder)
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(governor.run(), 0.05))
+    assert "4000-4001 are not ours" in world.events[-1].message
+    world.look(governor, 5)
+    assert governor.limits.cpus == "4000-4001"
 
 
 def test_a_device_that_throttles_itself_goes_to_the_first_step_and_no_further(world: World) -> None:

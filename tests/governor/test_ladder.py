@@ -34,6 +34,7 @@ def test_a_ladder_without_anything_is_legal():
         ({"enter_c": 700, "run_share": 0.5}, "120"),
         ({"enter_c": 70, "run_share": 0}, "0.01"),
         ({"enter_c": 70, "cpus": "all"}, "matching regex"),
+        ({"enter_c": 70, "cpus": "0,3-1"}, "goes downwards"),
         ({"enter_c": 70, "variant": "faster"}, "enum"),
         ({"enter_c": 70, "rate": 0.5}, "unknown field"),
     ],

@@ -171,7 +171,7 @@ def test_without_a_thermal_zone_it_says_so_once_and_serves(
     daemon.add("m")
     assert daemon.infer("m") == 7.0
     (event,) = daemon.events("governor_began")
-    assert event["message"] == "watches no memory pressure; no thermal zone"
+    assert event["message"] == "watches no thermal zone (no ladder) and no memory pressure"
     daemon.stop()
 
 

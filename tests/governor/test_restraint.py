@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.serving.restraint import BURST_NS, PRIORITY_RETRY_NS, Restraint
@@ -21,6 +21,7 @@ def serve(restraint, run_ns, seconds, gap_ns):
     return ran
 
 
+@settings(deadline=None)
 @given(st.sampled_from([0.05, 0.3, 0.7]), st.sampled_from([50_000, 5 * MS, 400 * MS]))
 def test_a_busy_model_computes_for_its_share_of_the_time(share, run_ns):
     seconds = 60 if run_ns > MS else 2

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edge_runtime.daemon.sensors import SEARCH_S, Reading, Sensors
+from edge_runtime.serving import governing
 
 from .machine import Machine
 
@@ -137,3 +141,42 @@ def test_it_reads_this_machine_without_leaving_a_descriptor(tmp_path: Path) -> N
     assert open_descriptors() == before
     if Path("/proc/pressure/memory").exists():
         assert 0 <= reading.pressure["memory"] <= 100
+
+
+FILES = (
+    "sys/class/thermal/thermal_zone0/temp",
+    "sys/class/thermal/cooling_device0/cur_state",
+    "sys/devices/platform/soc/soc:firmware/get_throttled",
+    "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count",
+    "sys/devices/system/cpu/cpufreq/policy0/scaling_max_freq",
+    "proc/pressure/memory",
+    "sys/fs/cgroup/system.slice/edge-runtime.service/memory.events",
+    "proc/self/cgroup",
+)
+contents = st.one_of(
+    st.binary(max_size=60),
+    st.integers().map(lambda number: str(number).encode()),
+    st.text("someavg10=.0123456789- \nhighoom_kill:/", max_size=60).map(str.encode),
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.sampled_from(FILES), contents), max_size=6))
+def test_whatever_files_say_a_reading_is_sensible(changes: list[tuple[str, bytes]]) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        machine = Machine(Path(root))
+        machine.zone(0, "cpu-thermal", 50)
+        machine.cooler(0, "cpufreq-cpu0", 0)
+        machine.firmware(0)
+        machine.counter(0)
+        machine.clock(1, 2)
+        machine.cgroup(memory=0, high=0)
+        sensors = Sensors(root, ("*",))
+        sensors.read(0)
+        for path, content in changes:
+            (machine.root / path).write_bytes(content)
+        reading = sensors.read(SEARCH_S)
+        celsius = [governing.celsius(raw) for raw in reading.zones.values()]
+        assert all(one is None or -40 <= one <= 125 for one in celsius)
+        assert all(0 <= percent <= 100 for percent in reading.pressure.values())
+        assert reading.clock_share is None or 0 < reading.clock_share <= 1
