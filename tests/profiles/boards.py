@@ -187,9 +187,9 @@ CORE_ULTRA = Board(
 )
 
 BOARDS: dict[str, Board] = {
-    "raspberrypi-5": PI_5,
-    "raspberrypi-4": PI_4,
-    "raspberrypi-zero-2-w": PI_ZERO_2,
+    "raspberry-pi-5": PI_5,
+    "raspberry-pi-4": PI_4,
+    "raspberry-pi-zero-2-w": PI_ZERO_2,
     "rk3588": ROCK_5B,
     "imx8mp": IMX8MP_EVK,
     "jetson-orin-nano": ORIN_NANO,

@@ -89,7 +89,7 @@ def test_coral_is_an_addon_of_whatever_board_it_is_plugged_into(tmp_path: Path) 
     board = with_files(with_files(PI_5, CORAL_USB), CORAL_M2)
     verdict = matching.choose(machine(board, tmp_path), loading.load_all()[0])
     assert verdict.board is not None
-    assert verdict.board.resolved.profile.name == "raspberrypi-5"
+    assert verdict.board.resolved.profile.name == "raspberry-pi-5"
     assert [one.resolved.profile.name for one in verdict.addons] == ["coral-m2", "coral-usb"]
     reasons = [reason.text for one in verdict.addons for reason in one.reasons]
     assert reasons == [

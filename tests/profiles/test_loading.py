@@ -83,13 +83,13 @@ def test_null_takes_an_inherited_key_away(here: Path) -> None:
 
 
 def test_an_own_file_may_extend_the_built_in_one_of_the_same_name(tmp_path: Path) -> None:
-    (tmp_path / "raspberrypi-5.yaml").write_text(
-        "name: raspberrypi-5\ntitle: ours\nextends: raspberrypi-5\nworkers: {threads: 3}\n"
+    (tmp_path / "raspberry-pi-5.yaml").write_text(
+        "name: raspberry-pi-5\ntitle: ours\nextends: raspberry-pi-5\nworkers: {threads: 3}\n"
     )
-    mine = loading.load("raspberrypi-5", [tmp_path, loading.BUILT_IN])
+    mine = loading.load("raspberry-pi-5", [tmp_path, loading.BUILT_IN])
     assert mine.profile.workers.threads == 3
     assert mine.profile.match.compatible[0] == "raspberrypi,5-model-b"
-    assert mine.files[1:] == ("built in: raspberrypi-5.yaml", "built in: generic-aarch64.yaml")
+    assert mine.files[1:] == ("built in: raspberry-pi-5.yaml", "built in: generic-aarch64.yaml")
 
 
 def test_a_circle_is_an_error_not_a_hang(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_wrong_value_is_an_error_that_names_the_file(
 def test_a_missing_profile_names_the_nearest_one() -> None:
     with pytest.raises(ProfileError) as caught:
         loading.load("rasberrypi-5")
-    assert caught.value.remedy == "did you mean 'raspberrypi-5'?"
+    assert caught.value.remedy == "did you mean 'raspberry-pi-5'?"
 
 
 def test_one_bad_file_does_not_hide_the_others(here: Path) -> None:
@@ -162,7 +162,7 @@ def test_one_bad_file_does_not_hide_the_others(here: Path) -> None:
 
 
 def test_an_addon_brings_its_accelerator_and_its_backends_first() -> None:
-    board, coral = loading.load("raspberrypi-5"), loading.load("coral-usb")
+    board, coral = loading.load("raspberry-pi-5"), loading.load("coral-usb")
     whole = loading.compose(board, [coral])
     assert whole.profile.backends[0].device_class == "edgetpu"
     assert whole.profile.backends[1:] == board.profile.backends
