@@ -91,8 +91,18 @@ class Options(msgspec.Struct, frozen=True):
     preprocess: Preprocess | None = None
     postprocess: Postprocess | None = None
     card: dict[str, Any] = {}
+    calibration: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
     backend_options: dict[str, dict[str, Any]] = {}
+
+
+class Given(NamedTuple):
+    """What the caller knows of a variant better than its file says."""
+
+    name: str
+    backend: str
+    precision: str = ""
+    options: dict[str, Any] = {}
 
 
 class Created(NamedTuple):
@@ -130,6 +140,7 @@ def create(
     out: Path,
     load: Load | None = None,
     say: Say = lambda what, done, total: None,
+    given: Sequence[Given] = (),
 ) -> Created:
     """Make a bundle of model files.
 
@@ -140,6 +151,7 @@ def create(
         out: the `.bundle` file to write; replaced if it exists.
         load: how to run a model. Without it there are no goldens.
         say: called with progress.
+        given: one for each model, where name, backend and options are not to be guessed.
 
     Raises:
         BundleError: a model is refused by lint, or the models do not fit each other or the samples.
@@ -153,7 +165,7 @@ def create(
     opened = _named_alike([_open_model(choice, options, say) for choice in choices])
     _check_same_signature(opened)
     inputs, outputs = _specs(opened[0].inputs, opened[0]), _specs(opened[0].outputs, opened[0])
-    variants = _variants(opened)
+    variants = _as_given(opened, given) if given else _variants(opened)
     bare = _bare_manifest(options, inputs, outputs, variants, opened)
     if load is None or options.goldens < 1:
         batched = _has_batch_axis(opened[0], trusted=True)
@@ -321,6 +333,19 @@ def _variants(models: list[_Model]) -> tuple[Variant, ...]:
     return tuple(
         Variant(name, model.backend, model.blob, precision, options=model.options)
         for name, model, precision in zip(names, models, precisions, strict=True)
+    )
+
+
+def _as_given(models: list[_Model], given: Sequence[Given]) -> tuple[Variant, ...]:
+    return tuple(
+        Variant(
+            one.name,
+            one.backend,
+            model.blob,
+            one.precision or guess_precision(model.graph),
+            options=dict(one.options),
+        )
+        for one, model in zip(given, models, strict=True)
     )
 
 
@@ -660,6 +685,7 @@ def _bare_manifest(
         preprocess=_with_sizes(options.preprocess, inputs),
         postprocess=options.postprocess,
         card=options.card,
+        calibration=options.calibration,
         provenance=provenance,
         document=dict.fromkeys(order),
     )

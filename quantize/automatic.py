@@ -1,0 +1,121 @@
+"""The recipe of `edge-quantize auto`: model, data and target profile, nothing else asked.
+
+Law of this file: it reads what is needed to propose (the model's signature and operators, the
+profile's backends, which libraries are here) and returns a recipe like one that a person wrote.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from device_profiles import loading
+from device_profiles.schema import ProfileError
+from edge_runtime.errors import NotFoundError, UsageError
+from quantize import models, onnx_door, proposing
+from quantize.models import ModelFile
+from quantize.recipe import Budgets, Data, Evaluation, Pack, Recipe
+
+# The module that a backend needs here, on the builder's machine, to be measured at all.
+MODULES = {
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "litert": ("ai_edge_litert", "tflite_runtime"),
+}
+
+
+class Wish(NamedTuple):
+    """What the user said."""
+
+    model: Path
+    data: str
+    target: str
+    calibration: str = ""
+    name: str = ""
+    version: int = 1
+    labels: Path | None = None
+    drop_max: float | None = None
+    samples: int = 0
+    threads: int = 1
+
+
+def recipe(wish: Wish) -> Recipe:
+    """What will be tried.
+
+    Raises:
+        NotFoundError, BundleError: the model. UsageError: the target or the labels.
+    """
+    source = models.read(wish.model)
+    backends = [one for one in target_backends(wish.target) if is_here(one)]
+    variants = proposing.variants(source, operators(source), backends)
+    if not variants:
+        raise UsageError(
+            f"nothing to try for {wish.target}: none of its backends is installed and reads"
+            f" {source.format}",
+            expected="one of " + ", ".join(target_backends(wish.target)),
+            remedy="pip install 'edge-runtime[quantize]'",
+        )
+    return Recipe(
+        name=wish.name or as_name(wish.model.stem),
+        version=wish.version,
+        source=str(wish.model.resolve()),
+        data=Data(path=_absolute(wish.data), calibration=_absolute(wish.calibration)),
+        threads=wish.threads,
+        targets=(wish.target,),
+        evaluation=Evaluation(samples=wish.samples),
+        budgets=Budgets(drop_max=wish.drop_max),
+        variants=tuple(variants),
+        pack=Pack(labels=_labels(wish.labels)),
+    )
+
+
+def target_backends(target: str) -> list[str]:
+    """The CPU backends of a profile, in its order.
+
+    Raises:
+        UsageError: no such profile.
+    """
+    try:
+        profile = loading.load(target).profile
+    except ProfileError as e:
+        raise UsageError(
+            e.message, where=e.where or "--target", expected=e.expected, remedy=e.remedy
+        ) from e
+    cpu = [one.backend for one in profile.backends if one.device_class == "cpu"]
+    return list(dict.fromkeys(cpu))
+
+
+def is_here(backend: str) -> bool:
+    """Whether the backend's library is installed on this machine."""
+    return any(importlib.util.find_spec(one) is not None for one in MODULES.get(backend, ()))
+
+
+def operators(source: ModelFile) -> set[str]:
+    """Kinds of nodes of an ONNX model; none for other formats."""
+    if source.path.suffix != ".onnx":
+        return set()
+    return {node.op_type for node in onnx_door.load(source.path).graph.node}
+
+
+def as_name(text: str) -> str:
+    """A model's name made of a file's."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-")[:48] or "model"
+
+
+def _absolute(text: str) -> str:
+    from quantize.recipe import is_callable
+
+    return text if not text or is_callable(text) else str(Path(text).resolve())
+
+
+def _labels(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        return tuple(line for line in path.read_text().splitlines() if line)
+    except FileNotFoundError as e:
+        raise NotFoundError("there is no such file of labels", where=str(path)) from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"cannot be read as lines of text: {e}", where=str(path)) from e

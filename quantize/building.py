@@ -1,0 +1,103 @@
+"""From a recipe's variants to model files.
+
+Law of this file: every chain is checked as a whole before the first pass works; then passes are
+applied in order, each result kept under a name that says what made it. A pass that fails refuses
+its variant, not the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import edge_runtime
+from edge_runtime.errors import EdgeError
+from quantize import datasets, models, passes, scratch
+from quantize.datasets import Dataset
+from quantize.models import ModelFile
+from quantize.passes import Bench, Pass, Say
+from quantize.recipe import Variant
+
+
+class Chain(NamedTuple):
+    """A variant whose passes are decoded and known to fit one another."""
+
+    variant: Variant
+    passes: tuple[Pass, ...]
+
+
+class Built(NamedTuple):
+    """A variant as a file, or why there is none."""
+
+    variant: Variant
+    path: Path | None
+    precision: str
+    steps: tuple[dict[str, Any], ...]  # the passes with all their options
+    refusal: str = ""
+
+
+def chains(variants: Sequence[Variant], source: ModelFile) -> list[Chain]:
+    """The variants, decoded and checked against the source model.
+
+    Raises:
+        UsageError: an unknown pass or option, or an order that cannot work; names the key path.
+    """
+    return [_chain(one, source, f"variants[{index}]") for index, one in enumerate(variants)]
+
+
+def _chain(variant: Variant, source: ModelFile, where: str) -> Chain:
+    traits, decoded = source.traits, []
+    for index, given in enumerate(variant.passes):
+        here = f"{where}.passes[{index}]"
+        decoded.append(passes.decode(given, here))
+        traits = passes.traits_after(traits, decoded[-1], here)
+    return Chain(variant, tuple(decoded))
+
+
+def build(
+    chain: Chain,
+    source: ModelFile,
+    calibration: Dataset,
+    seed: int,
+    kept: scratch.Scratch,
+    say: Say,
+) -> Built:
+    """The variant's file; made now, or earlier by the same passes from the same data."""
+    steps = tuple(passes.describe(one) for one in chain.passes)
+    bench = Bench(calibration.inputs, source.inputs, source.outputs, source.batch_axis, seed, say)
+    made_of: list[Any] = [
+        edge_runtime.__version__,
+        scratch.file_sha256(source.path),
+        datasets.fingerprint(calibration)["sha256"],
+        seed,
+    ]
+    path = source.path
+    try:
+        for step, one in zip(steps, chain.passes, strict=True):
+            made_of.append([step, one.versions()])
+            say(f"{chain.variant.name}: {step['use']}")
+            path = _applied(one, path, kept, scratch.key(*made_of), bench)
+        result = models.read(path)
+    except EdgeError as error:
+        return Built(chain.variant, None, "", steps, str(error))
+    refusal = _changed(source, result)
+    return Built(chain.variant, None if refusal else path, result.precision, steps, refusal)
+
+
+def _applied(one: Pass, path: Path, kept: scratch.Scratch, key: str, bench: Bench) -> Path:
+    ending = getattr(one, "ending", path.suffix)
+    return kept.made(key, ending, lambda draft: one.apply(path, draft, bench))
+
+
+def _changed(source: ModelFile, result: ModelFile) -> str:
+    """Why the result cannot stand for the source; empty if it can."""
+    for role, before, after in (
+        ("inputs", source.inputs, result.inputs),
+        ("outputs", source.outputs, result.outputs),
+    ):
+        want = [(spec.name, spec.datatype) for spec in before]
+        have = [(spec.name, spec.datatype) for spec in after]
+        if want != have:
+            return f"its {role} became {have}, expected {want}"
+    return ""

@@ -1,0 +1,186 @@
+"""Why a quantized model is slower than it should be, and what a backend does without being asked.
+
+Law of this file: graph and processor in, sentences out; a sentence that begins with "slower:" names
+a cause. Each cause is one that users of such tools report again and again (onnxruntime#6732,
+#20052, #24374, #26143), and is claimed only where the graph or the processor shows it.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from quantize import onnx_door
+from quantize.results import Evaluated
+
+# What makes 8-bit dot products fast. Without any of them int8 is emulated with more instructions.
+DOT_PRODUCTS = frozenset(
+    {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "avx_vnni_int8"}
+)
+INTERESTING = DOT_PRODUCTS | {"avx2", "avx512f", "amx_bf16", "avx512_bf16", "bf16", "fphp", "sve"}
+# A graph in which more of the pairs than this touch no integer kernel pays for them all the time.
+UNFUSED_SHARE = 0.5
+_COMPUTING = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+
+def notes(one: Evaluated, path: Path) -> tuple[str, ...]:
+    """What a person should know of a measured variant."""
+    said = list(_of_backend(one))
+    if path.suffix == ".onnx":
+        graph = onnx_door.load(path).graph
+        kinds = Counter(node.op_type for node in graph.node)
+        for cause in _CAUSES:
+            said += cause(one, graph, kinds)
+    return tuple(said)
+
+
+def _of_backend(one: Evaluated) -> Iterator[str]:
+    if one.backend == "openvino" and one.precision in ("", "fp32"):
+        hint = one.options.get("precision", "f32")
+        yield (
+            f"computes in {hint}, as told; left to itself OpenVINO takes bf16 on processors with"
+            " AMX"
+        )
+
+
+# --- causes ---------------------------------------------------------------------------------------
+
+
+def _no_dot_product(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iterator[str]:
+    if one.precision == "int8" and not processor_features() & DOT_PRODUCTS:
+        yield (
+            "slower: this processor has no 8-bit dot product (VNNI, dotprod): int8 runs are"
+            " emulated; use float, or measure on the target"
+        )
+
+
+def _dynamic_convolutions(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iterator[str]:
+    if kinds["ConvInteger"]:
+        yield (
+            f"slower: {kinds['ConvInteger']} convolutions are quantized while they run"
+            " (ConvInteger has no fast kernel); quantize statically, or leave Conv out"
+        )
+
+
+def _signed_activations(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iterator[str]:
+    if platform.machine() != "x86_64" or one.backend != "onnxruntime":
+        return
+    zeros = {item.name: item.data_type for item in graph.initializer}
+    made = {node.output[0]: node for node in graph.node if node.op_type == "QuantizeLinear"}
+    signed = sum(
+        1
+        for node in made.values()
+        if len(node.input) > 2 and zeros.get(node.input[2]) == onnx_door.library().TensorProto.INT8
+    )
+    if signed and signed == len(made):
+        yield (
+            "slower: activations are signed 8-bit (s8); onnxruntime's kernels for x86 want"
+            " unsigned: use activations: u8"
+        )
+
+
+def _unfused_pairs(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iterator[str]:
+    """Pairs around operators that have no integer kernel are computed, not fused away."""
+    if not kinds["QuantizeLinear"]:
+        return
+    users: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    pairs = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    weights = {item.name for item in graph.initializer}
+    live = [node for node in pairs if node.input[0] not in weights]
+    lone = [
+        node
+        for node in live
+        if not any(user.op_type in _FUSING for user in users.get(node.output[0], []))
+    ]
+    if live and len(lone) > UNFUSED_SHARE * len(live):
+        kinds_of = Counter(u.op_type for n in lone for u in users.get(n.output[0], []))
+        named = ", ".join(kind for kind, _ in kinds_of.most_common(3)) or "outputs"
+        yield (
+            f"slower: {len(lone)} of {len(live)} quantize/dequantize pairs stand before operators"
+            f" without an integer kernel ({named}); exclude those nodes"
+        )
+
+
+def _float_left(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iterator[str]:
+    """Convolutions and products that stayed float though the model is called int8."""
+    if one.precision != "int8" or not kinds["QuantizeLinear"]:
+        return
+    made = {out: node.op_type for node in graph.node for out in node.output}
+    computing = [node for node in graph.node if node.op_type in _COMPUTING]
+    left = [node for node in computing if made.get(node.input[0]) != "DequantizeLinear"]
+    if left:
+        yield (
+            f"{len(left)} of {len(computing)} convolutions and products compute in float"
+            f" ({', '.join(node.name or node.op_type for node in left[:3])})"
+        )
+
+
+def _weights_only(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iterator[str]:
+    if kinds["DequantizeLinear"] and not kinds["QuantizeLinear"]:
+        yield "weights are stored in 8 bits and computed in float: a smaller file, not a faster run"
+
+
+_FUSING = _COMPUTING | {
+    "Add",
+    "Mul",
+    "AveragePool",
+    "GlobalAveragePool",
+    "Concat",
+    "Sigmoid",
+    "LeakyRelu",
+    "MaxPool",
+    "Relu",
+    "Clip",
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "Resize",
+    "Split",
+    "Softmax",
+    "Where",
+    "Gather",
+    "Squeeze",
+    "Unsqueeze",
+}
+_CAUSES: tuple[Callable[[Evaluated, Any, Counter[str]], Iterator[str]], ...] = (
+    _no_dot_product,
+    _dynamic_convolutions,
+    _signed_activations,
+    _unfused_pairs,
+    _float_left,
+    _weights_only,
+)
+
+
+# --- the processor --------------------------------------------------------------------------------
+
+
+@functools.cache
+def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The instruction sets that matter here, of the first core."""
+    for line in _lines(cpuinfo):
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.partition(":")[2].split()) & INTERESTING
+    return frozenset()
+
+
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What the system calls it; empty if it does not say."""
+    for line in _lines(cpuinfo):
+        if line.startswith(("model name", "Model", "Hardware")):
+            return line.partition(":")[2].strip()
+    return ""
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,303 @@
+"""Samples: arrays by input name, with labels or without, and which of them are for what.
+
+Law of this file: it reads data and nothing else; what a pixel becomes is said by the recipe. Every
+sample has the first axis to itself; a model's batch axis is not assumed. Selection is by seed, so
+that the same recipe sees the same samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from edge_runtime import tensors
+from edge_runtime.errors import NotFoundError, UsageError
+from edge_runtime.tensors import TensorSpec
+from quantize import recipe as recipes
+from quantize.recipe import Data
+
+Array = np.ndarray[Any, Any]
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+INPUT, LABELS = "x", "y"
+# Keeps the hash of a large data set to seconds; the shapes and both ends are in it anyway.
+FINGERPRINT_BYTES_MAX = 1 << 30
+
+
+class Dataset(NamedTuple):
+    """Samples with their labels.
+
+    Attributes:
+        inputs: per input name an array [samples, ...].
+        labels: [samples] or [samples, ...]; None: there are none.
+        where: what it was read from, for messages.
+    """
+
+    inputs: dict[str, Array]
+    labels: Array | None
+    where: str
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def take(self, chosen: Array) -> Dataset:
+        """The samples at these indices."""
+        return Dataset(
+            {name: array[chosen] for name, array in self.inputs.items()},
+            None if self.labels is None else self.labels[chosen],
+            self.where,
+        )
+
+
+class Split(NamedTuple):
+    """What calibrates and what judges; no sample is in both."""
+
+    calibration: Dataset
+    evaluation: Dataset
+    notes: tuple[str, ...] = ()
+
+
+def load(data: Data, specs: tuple[TensorSpec, ...], path: str = "") -> Dataset:
+    """The samples that a recipe names, fitted to the model's inputs.
+
+    Args:
+        specs: the model's inputs; a sample is what one of them is without its batch axis, or with
+            it when that is 1.
+        path: another place than `data.path` (the calibration set).
+
+    Raises:
+        NotFoundError, UsageError: there are none, or they do not fit.
+    """
+    where = path or data.path
+    if recipes.is_callable(where):
+        found = _from_callable(where, specs)
+    elif Path(where).is_dir():
+        found = _from_images(Path(where), data, specs)
+    else:
+        found = _from_npz(Path(where), specs)
+    return _fitted(found, specs)
+
+
+def split(
+    whole: Dataset,
+    calibration: Dataset | None,
+    samples: int,
+    seed: int,
+    judged: int,
+    judge_seed: int,
+) -> Split:
+    """Calibration samples and evaluation samples that have nothing in common.
+
+    Args:
+        calibration: its own set; None: `samples` of `whole`, which evaluation leaves out.
+        judged: at most so many are evaluated; 0: all that are left.
+
+    Raises:
+        UsageError: too few samples.
+    """
+    notes: list[str] = []
+    if calibration is None:
+        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(whole))
+        if len(whole) < 2:
+            raise UsageError(
+                f"{len(whole)} samples", where=whole.where, expected="two at the very least"
+            )
+        count = min(samples, max(len(whole) // 3, 1))  # most are for judging
+        if count < samples:
+            notes.append(f"calibrated with {count} samples: a third of the {len(whole)} there are")
+        calibration, rest = whole.take(np.sort(order[:count])), whole.take(np.sort(order[count:]))
+    else:
+        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(calibration))
+        if len(calibration) < samples:
+            notes.append(f"calibrated with {len(calibration)} samples: all there are")
+        calibration, rest = calibration.take(np.sort(order[:samples])), whole
+    if judged and judged < len(rest):
+        chosen = np.random.Generator(np.random.PCG64(judge_seed)).permutation(len(rest))[:judged]
+        rest = rest.take(np.sort(chosen))
+    return Split(calibration, rest, tuple(notes))
+
+
+def fingerprint(data: Dataset) -> dict[str, Any]:
+    """What a manifest says of the calibration set: count, sha256, and range by input."""
+    digest, budget = hashlib.sha256(), FINGERPRINT_BYTES_MAX
+    for name, array in sorted(data.inputs.items()):
+        raw = tensors.to_bytes(array)[:budget]
+        budget -= len(raw)
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(raw)
+    ranges = {
+        name: [float(array.min()), float(array.max())]
+        for name, array in data.inputs.items()
+        if array.dtype.kind in "biuf" and array.size
+    }
+    return {"samples": len(data), "sha256": digest.hexdigest(), "range": ranges}
+
+
+def batches(inputs: dict[str, Array], rows: int) -> Iterator[dict[str, Array]]:
+    """Consecutive samples, at most `rows` at a time."""
+    count = len(next(iter(inputs.values())))
+    for first in range(0, count, rows):
+        yield {name: array[first : first + rows] for name, array in inputs.items()}
+
+
+# --- where they come from -------------------------------------------------------------------------
+
+
+def _from_npz(path: Path, specs: tuple[TensorSpec, ...]) -> Dataset:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except FileNotFoundError as e:
+        raise NotFoundError("there are no such data", where=str(path)) from e
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as e:
+        raise UsageError(
+            f"is not an .npz of plain arrays: {e}",
+            where=str(path),
+            expected=f"numpy.savez({path.name!r}, {INPUT}=inputs, {LABELS}=labels)",
+        ) from e
+    labels = arrays.pop(LABELS, None)
+    names = [spec.name for spec in specs]
+    if INPUT in arrays and len(specs) == 1 and INPUT not in names:
+        arrays[names[0]] = arrays.pop(INPUT)
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise UsageError(
+            f"has no array for input {missing[0]!r}, only {', '.join(sorted(arrays)) or 'none'}",
+            where=str(path),
+            expected=f"{INPUT!r}, or one array per input: {', '.join(names)}",
+        )
+    return Dataset({name: arrays[name] for name in names}, labels, str(path))
+
+
+def _from_callable(text: str, specs: tuple[TensorSpec, ...]) -> Dataset:
+    module, _, name = text.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as e:
+        raise UsageError(
+            f"cannot be imported: {e}",
+            where=text,
+            expected="module:function that Python finds (PYTHONPATH)",
+        ) from e
+    inputs, labels = function()
+    if not isinstance(inputs, dict):
+        inputs = {specs[0].name: inputs}
+    labels = None if labels is None else np.asarray(labels)
+    return Dataset({key: np.asarray(value) for key, value in inputs.items()}, labels, text)
+
+
+def _from_images(folder: Path, data: Data, specs: tuple[TensorSpec, ...]) -> Dataset:
+    """One folder per class (labels by sorted name), or images side by side without labels."""
+    if len(specs) != 1:
+        raise UsageError(
+            f"the model has {len(specs)} inputs", where=str(folder), expected="one, for images"
+        )
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    groups = [(number, _images(entry)) for number, entry in enumerate(classes)]
+    if not classes:
+        groups = [(0, _images(folder))]
+    files = [(number, file) for number, some in groups for file in some]
+    if not files:
+        raise UsageError(
+            "holds no images",
+            where=str(folder),
+            expected="files ending in " + ", ".join(IMAGE_ENDINGS),
+        )
+    shape = _image_shape(specs[0], data, folder)
+    pixels = np.stack([_read_image(file, data, shape) for _, file in files])
+    labels = np.array([number for number, _ in files]) if classes else None
+    return Dataset({specs[0].name: pixels}, labels, str(folder))
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_ENDINGS)
+
+
+def _image_shape(spec: TensorSpec, data: Data, folder: Path) -> tuple[int, int]:
+    """Height and width."""
+    rows = spec.shape[2:4] if data.layout == "NCHW" else spec.shape[1:3]
+    height, width = (
+        data.height or (rows[0] if len(rows) == 2 else -1),
+        data.width or (rows[1] if len(rows) == 2 else -1),
+    )
+    if height < 1 or width < 1:
+        raise UsageError(
+            f"the model's input {spec.name!r} {list(spec.shape)} does not say the size of an image",
+            where=str(folder),
+            remedy="give data.width and data.height",
+        )
+    return height, width
+
+
+def _read_image(file: Path, data: Data, shape: tuple[int, int]) -> Array:
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as e:
+        raise UsageError(
+            "images need Pillow", where=str(file), remedy="pip install 'edge-runtime[image]'"
+        ) from e
+    try:
+        with Image.open(file) as opened:
+            mode = "L" if data.color == "L" else "RGB"
+            picture = opened.convert(mode).resize(shape[::-1], Image.Resampling.BILINEAR)
+            pixels = np.asarray(picture, dtype=np.float32)
+    except (OSError, UnidentifiedImageError) as e:
+        raise UsageError(f"is no image that can be read: {e}", where=str(file)) from e
+    pixels = pixels.reshape(*shape, -1)
+    if data.color == "BGR":
+        pixels = pixels[..., ::-1]
+    mean, std = (np.array(one, dtype=np.float32) for one in (data.mean, data.std))
+    pixels = np.asarray((pixels * np.float32(data.pixel_scale) - mean) / std)
+    return pixels.transpose(2, 0, 1) if data.layout == "NCHW" else pixels
+
+
+def _fitted(data: Dataset, specs: tuple[TensorSpec, ...]) -> Dataset:
+    """As the model wants them: [samples, *shape without the batch axis], right datatype.
+
+    Integers become the model's float exactly where the model wants floats; no other conversion is
+    made, and nothing is scaled: a scale that nobody stated is how answers become wrong.
+    """
+    count = {len(array) if array.ndim else 0 for array in data.inputs.values()}
+    if data.labels is not None:
+        count.add(len(data.labels))
+    if len(count) != 1 or 0 in count:
+        raise UsageError(
+            f"arrays hold {', '.join(map(str, sorted(count)))} samples",
+            where=data.where,
+            expected="the same number, at least one, in all",
+        )
+    inputs = {spec.name: _fit(data.inputs[spec.name], spec, data.where) for spec in specs}
+    return Dataset(inputs, data.labels, data.where)
+
+
+def _fit(array: Array, spec: TensorSpec, where: str) -> Array:
+    if spec.datatype == "BF16" or spec.datatype == "BYTES":
+        raise UsageError(f"input {spec.name!r} is {spec.datatype}", where=where, expected="numbers")
+    wanted = np.dtype(tensors.DATATYPES[spec.datatype][0])
+    if array.dtype != wanted:
+        if not (wanted.kind == "f" and array.dtype.kind in "fiu") and not (
+            wanted.kind in "iu" and array.dtype.kind in "iu"
+        ):
+            raise UsageError(
+                f"{spec.name!r} has dtype {array.dtype}", where=where, expected=str(wanted)
+            )
+        converted = array.astype(wanted)
+        if wanted.kind in "iu" and not np.array_equal(converted, array):
+            raise UsageError(f"{spec.name!r} does not fit {wanted}", where=where)
+        array = converted
+    one = spec.shape[1:]
+    if not tensors.shape_matches(array.shape[1:], one):
+        if tensors.shape_matches(array.shape[1:], spec.shape) and array.shape[1] == 1:
+            return array[:, 0]  # each sample came with a batch axis of its own
+        raise UsageError(
+            f"{spec.name!r} has shape {list(array.shape)}",
+            where=where,
+            expected=f"[samples, {', '.join(map(str, one))}] (-1: any size)",
+        )
+    return array

@@ -1,0 +1,68 @@
+"""The door to onnx: reading, checking, writing graphs.
+
+Law of this file: no pass lives here, only what several need of the library. Every exception of the
+library becomes ours here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import ModelError, UsageError
+
+# protobuf's own limit for one message; a larger model needs external data, which lint refuses.
+MODEL_BYTES_MAX = (1 << 31) - 1
+
+
+def library() -> Any:
+    """The module. Raises: UsageError with the remedy."""
+    try:
+        import onnx
+    except ImportError as e:
+        raise UsageError(
+            f"onnx does not import: {e}", remedy="pip install 'edge-runtime[quantize]'"
+        ) from e
+    return onnx
+
+
+def load(path: Path) -> Any:
+    """The ModelProto of a file without external data. Raises: ModelError."""
+    onnx = library()
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception as e:
+        raise ModelError(f"is not an ONNX model: {_brief(e)}", where=str(path)) from e
+
+
+def save(model: Any, path: Path) -> None:
+    """Check the model and write it. Raises: ModelError."""
+    onnx = library()
+    try:
+        onnx.checker.check_model(model)
+        onnx.save(model, str(path))
+    except Exception as e:
+        raise ModelError(f"the result is not valid ONNX: {_brief(e)}", where=str(path)) from e
+
+
+def infer_shapes(model: Any) -> Any:
+    """The model with the shapes of its inner tensors; as it was where they cannot be inferred."""
+    onnx = library()
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # noqa: BLE001 - shapes are a help, and custom operators have none
+        return model
+
+
+def arrays(model: Any) -> dict[str, Any]:
+    """Weights by name as numpy arrays."""
+    numpy_helper = library().numpy_helper
+    return {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+
+
+def version() -> str:
+    return str(library().__version__)
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

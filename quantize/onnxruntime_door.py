@@ -1,0 +1,330 @@
+"""The door to onnxruntime's build-time tools: optimizing, calibrating, quantizing.
+
+Law of this file: the only one of quantize/ that imports onnxruntime. Serving it is the business of
+`edge_runtime.backends`; evaluation goes through there. Exceptions of the library become ours here,
+and what it prints is kept from the user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_runtime.errors import ModelError, UsageError
+from quantize import onnx_door, ranges
+from quantize.passes import Bench, Feeds
+
+if TYPE_CHECKING:
+    from quantize.passes.integer import DynamicInt8, StaticInt8
+    from quantize.passes.weights import WeightOnly
+
+Array = np.ndarray[Any, Any]
+
+# Rows per calibration run where the model has a batch axis: bounds the memory of all activations.
+BATCH_ROWS = 32
+# The library's entropy calibration of one tensor takes a second per thousand bins.
+BINS = 2048
+_TYPES = {"u8": "QUInt8", "s8": "QInt8", "u16": "QUInt16", "s16": "QInt16"}
+_METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile", "mse": "MinMax"}
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide what a pass writes."""
+    return {"onnxruntime": str(_library().__version__), "onnx": onnx_door.version()}
+
+
+def optimize(source: Path, out: Path) -> None:
+    """Write the graph with constants folded and normalizations merged; answers stay the same.
+
+    Raises:
+        ModelError: the library refuses the model.
+    """
+    library = _library()
+    options = library.SessionOptions()
+    options.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(out)
+    options.log_severity_level = 4
+    with _ours("optimize", source):
+        library.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+
+
+def quantize_static(source: Path, out: Path, how: StaticInt8, bench: Bench) -> None:
+    """Write the model with integer weights and activations. Raises: UsageError, ModelError."""
+    tools = _tools()
+    _check_nodes(source, how.exclude)
+    feeds = _some(bench.calibration, how.samples)
+    extra: dict[str, Any] = {
+        "ActivationSymmetric": how.symmetric_activations,
+        "WeightSymmetric": True,
+        "CalibPercentile": how.percentile,
+        "CalibNumBins": BINS,
+        # 16-bit QuantizeLinear is standard from opset 21 on, and onnxruntime's own before.
+        "UseQDQContribOps": how.activations in ("u16", "s16"),
+    }
+    with tempfile.TemporaryDirectory() as scratch, _ours("quantize", source):
+        cache = None
+        if how.method == "mse":
+            cache = Path(scratch) / "ranges.json"
+            bits = 16 if how.activations.endswith("16") else 8
+            _save_ranges(ranges.mse(histograms(source, feeds, bench), bits), cache)
+        tools.quantize_static(
+            str(source),
+            str(out),
+            _reader(feeds, bench),
+            quant_format=tools.QuantFormat.QDQ
+            if how.format == "qdq"
+            else tools.QuantFormat.QOperator,
+            op_types_to_quantize=list(how.operators) or None,
+            per_channel=how.per_channel,
+            reduce_range=how.reduce_range,
+            activation_type=getattr(tools.QuantType, _TYPES[how.activations]),
+            weight_type=getattr(tools.QuantType, _TYPES[how.weights]),
+            nodes_to_exclude=list(how.exclude) or None,
+            calibrate_method=getattr(tools.CalibrationMethod, _METHODS[how.method]),
+            extra_options=extra,
+            calibration_cache_path=cache,
+        )
+    _check_result(out, how.exclude)
+
+
+def quantize_dynamic(source: Path, out: Path, how: DynamicInt8, bench: Bench) -> None:
+    """Write the model with integer weights. Raises: UsageError, ModelError."""
+    tools = _tools()
+    _check_nodes(source, how.exclude)
+    with _ours("quantize", source):
+        tools.quantize_dynamic(
+            str(source),
+            str(out),
+            op_types_to_quantize=list(how.operators) or None,
+            per_channel=how.per_channel,
+            reduce_range=how.reduce_range,
+            weight_type=getattr(tools.QuantType, _TYPES[how.weights]),
+            nodes_to_exclude=list(how.exclude) or None,
+        )
+    _check_result(out, how.exclude)
+
+
+def pack_weights(source: Path, out: Path, how: WeightOnly) -> None:
+    """Write the model with the weights of its MatMul nodes in 4 bits (MatMulNBits).
+
+    Raises:
+        UsageError: it has no such node. ModelError: the library refuses it.
+    """
+    _library()
+    model = onnx_door.load(source)
+    weights = onnx_door.arrays(model)
+    fit = [n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
+    if not fit:
+        raise UsageError(
+            "the model has no MatMul with constant weights: nothing can be stored in 4 bits",
+            remedy="use 8 bits, which any Conv, Gemm or MatMul takes",
+        )
+    with _ours("quantize", source):
+        module = importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+        packer = module.MatMulNBitsQuantizer(
+            model,
+            bits=4,
+            block_size=how.block,
+            is_symmetric=True,
+            nodes_to_exclude=list(how.exclude),
+        )
+        packer.process()
+        onnx_door.save(packer.model.model, out)
+
+
+def to_float16(source: Path, out: Path, exclude: tuple[str, ...]) -> None:
+    """Write the model computing in float16, its inputs and outputs as they were."""
+    _library()
+    with _ours("convert", source):
+        module = importlib.import_module("onnxruntime.transformers.float16")
+        model = module.convert_float_to_float16(
+            onnx_door.infer_shapes(onnx_door.load(source)),
+            keep_io_types=True,
+            node_block_list=list(exclude) or None,
+        )
+        onnx_door.save(model, out)
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+
+def histograms(source: Path, feeds: Feeds, bench: Bench) -> dict[str, ranges.Histogram]:
+    """Of every float tensor between two nodes, over the calibration samples.
+
+    Two passes over the samples: ranges first, then counts, so that memory is that of one run.
+    """
+    names, session = _watched(source)
+    kept: dict[str, ranges.Histogram] = {}
+    limits: dict[str, tuple[float, float]] = {}
+    names = [*names, *feeds]
+    for values in _runs(session, names, feeds, bench):
+        for name, value in zip(names, values, strict=True):
+            low, high = limits.get(name, (0.0, 0.0))
+            if value.size:
+                limits[name] = min(low, float(value.min())), max(high, float(value.max()))
+    for values in _runs(session, names, feeds, bench):
+        for name, value in zip(names, values, strict=True):
+            if name in limits:
+                kept[name] = ranges.counted(kept.get(name), value, *limits[name])
+    return kept
+
+
+def activations(source: Path, feeds: Feeds, bench: Bench, wanted: set[str] | None = None) -> Any:
+    """An iterator over calibration runs: {tensor name: value} of inner tensors (or of `wanted`)."""
+    names, session = _watched(source, wanted)
+    for values in _runs(session, names, feeds, bench):
+        yield dict(zip(names, values, strict=True))
+
+
+def _watched(source: Path, wanted: set[str] | None = None) -> tuple[list[str], Any]:
+    """A session of the model in which inner float tensors are outputs too."""
+    onnx, library = onnx_door.library(), _library()
+    model = onnx_door.load(source)
+    inner = {out for node in model.graph.node for out in node.output if out}
+    floats = {
+        info.name
+        for info in onnx_door.infer_shapes(model).graph.value_info
+        if info.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    }
+    given = {out.name for out in model.graph.output}
+    names = sorted(((inner & floats) | given) if wanted is None else wanted & (inner | given))
+    for name in names:
+        if name not in given:
+            model.graph.output.append(
+                onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            )
+    options = library.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = library.GraphOptimizationLevel.ORT_DISABLE_ALL
+    with _ours("load", source):
+        session = library.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    return names, session
+
+
+def _runs(session: Any, names: list[str], feeds: Feeds, bench: Bench) -> Iterator[list[Array]]:
+    asked = [name for name in names if name not in feeds]
+    for feed in _batches(feeds, bench):
+        with _ours("run", Path("calibration")):
+            values = dict(zip(asked, session.run(asked, feed), strict=True)) | feed
+        yield [values[name] for name in names]
+
+
+def _batches(feeds: Feeds, bench: Bench) -> Iterator[Feeds]:
+    """Feeds of a run: batches where the model has a batch axis, else single samples."""
+    rows = BATCH_ROWS if bench.batch_axis == 0 else 1
+    count = len(next(iter(feeds.values())))
+    for first in range(0, count, rows):
+        yield {name: array[first : first + rows] for name, array in feeds.items()}
+
+
+def _reader(feeds: Feeds, bench: Bench) -> Any:
+    batches = _batches(feeds, bench)
+
+    class Reader(_tools().CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> Feeds | None:
+            return next(batches, None)
+
+    return Reader()
+
+
+def _some(feeds: Feeds, samples: int) -> Feeds:
+    return {name: array[:samples] for name, array in feeds.items()} if samples else feeds
+
+
+def _save_ranges(found: dict[str, tuple[float, float]], path: Path) -> None:
+    calibrate = importlib.import_module("onnxruntime.quantization.calibrate")
+    data = calibrate.TensorsData(
+        calibrate.CalibrationMethod.MinMax,
+        {
+            name: calibrate.TensorData(lowest=np.float32(low), highest=np.float32(high))
+            for name, (low, high) in found.items()
+        },
+    )
+    calibrate.save_tensors_data(data, path)
+
+
+# --- the library ----------------------------------------------------------------------------------
+
+
+def _library() -> Any:
+    # As edge_runtime.backends.onnxruntime says: nothing is reported to the maker of a library.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        import onnxruntime
+    except (ImportError, OSError) as e:
+        raise UsageError(
+            f"onnxruntime does not import: {e}", remedy="pip install 'edge-runtime[quantize]'"
+        ) from e
+    return onnxruntime
+
+
+def _tools() -> Any:
+    _library()
+    with _quiet():
+        return importlib.import_module("onnxruntime.quantization")
+
+
+@contextlib.contextmanager
+def _ours(doing: str, source: Path) -> Iterator[None]:
+    """What the library raises becomes a ModelError; what it prints and logs is dropped."""
+    try:
+        with _quiet():
+            yield
+    except (ModelError, UsageError):
+        raise
+    except Exception as e:
+        text = " ".join(str(e).split())[:400]
+        raise ModelError(
+            f"onnxruntime failed to {doing}: {type(e).__name__}: {text}", where=str(source)
+        ) from e
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _check_nodes(source: Path, names: tuple[str, ...]) -> None:
+    """Raises: UsageError for a name that no node has: the library would ignore it."""
+    if not names:
+        return
+    from edge_runtime.backends import did_you_mean
+
+    known = [node.name for node in onnx_door.load(source).graph.node]
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"the model has no node {name!r}",
+                where="exclude",
+                remedy=did_you_mean(name, known) or "`edge-quantize sensitivity` lists the nodes",
+            )
+
+
+def _check_result(out: Path, exclude: tuple[str, ...]) -> None:
+    """Raises: ModelError if nothing was quantized: the library says so only in its log."""
+    kinds = {node.op_type for node in onnx_door.load(out).graph.node}
+    if not any(
+        "Quantize" in kind or "Integer" in kind or kind.startswith("QLinear") for kind in kinds
+    ):
+        raise ModelError(
+            "nothing was quantized: no operator of the model can be"
+            + (", or all of them are excluded" if exclude else ""),
+            where=str(out),
+        )

@@ -1,0 +1,146 @@
+"""From what passed to a bundle: variants, goldens, card, provenance.
+
+Law of this file: it chooses and records; it judges nothing again. Goldens are samples that the
+variants were judged on: some ordinary, some hard. Their expected answers are each variant's own,
+with the tolerance that `bundle create` derives, and the packed bundle is served once to prove it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+import edge_runtime
+from edge_runtime.backends import backend
+from edge_runtime.bundle import create
+from edge_runtime.bundle import manifest as manifests
+from edge_runtime.bundle.manifest import Postprocess
+from quantize import sketches
+from quantize.datasets import Dataset
+from quantize.recipe import Recipe
+from quantize.results import Evaluated, Outcome
+
+Array = np.ndarray[Any, Any]
+
+
+def choose_goldens(answers: Array, labels: Array | None, count: int) -> list[int]:
+    """Indices of samples for goldens: half the surest, half the hardest, of many classes.
+
+    Args:
+        answers: the float model's main output [samples, ...]. A sample is hard when its two largest
+            values lie near each other: there a small error shows first.
+    """
+    flat = answers.reshape(len(answers), -1).astype(np.float64)
+    if flat.shape[1] < 2:
+        return [int(i) for i in np.linspace(0, len(flat) - 1, min(count, len(flat)))]
+    top = np.sort(flat, axis=1)[:, -2:]
+    order = np.argsort(top[:, 1] - top[:, 0], kind="stable")
+    hard = order[: (count + 1) // 2]
+    classes = flat.argmax(axis=1) if labels is None else labels.reshape(len(flat), -1)[:, 0]
+    sure: list[int] = []
+    for index in order[::-1]:
+        if len(sure) >= count - len(hard):
+            break
+        if len({int(classes[i]) for i in sure}) == len(sure) and classes[index] in [
+            classes[i] for i in sure
+        ]:
+            continue
+        sure.append(int(index))
+    return [int(index) for index in hard] + sure
+
+
+def pack(
+    recipe: Recipe,
+    outcome: Outcome,
+    data: Dataset,
+    answers: Mapping[str, Array],
+    main_output: str,
+    out: Path,
+) -> create.Created:
+    """Write the bundle of everything that was shipped, the float model first.
+
+    Args:
+        answers: the reference's outputs for `data`, [samples, ...] by name.
+
+    Raises:
+        ModelError: nothing but the float model passed, or a backend fails on a golden.
+        StorageError: the bundle cannot be written.
+    """
+    fit = _in_order(outcome)
+    chosen = np.array(
+        choose_goldens(answers[main_output], data.labels, recipe.pack.goldens), dtype=int
+    )
+    samples = out.with_suffix(".goldens.npz")
+    np.savez(samples, **{name: array[chosen] for name, array in data.inputs.items()})
+    options = create.Options(
+        name=recipe.name,
+        version=recipe.version,
+        label=recipe.label,
+        goldens=len(chosen),
+        samples=samples,
+        postprocess=Postprocess(output=main_output, labels=recipe.pack.labels)
+        if recipe.pack.labels
+        else None,
+        card=card(outcome) | {"drift_baseline": sketches.baseline(data.inputs, dict(answers))},
+        calibration=outcome.calibration,
+        provenance=provenance(outcome),
+    )
+    given = [create.Given(one.name, one.backend, one.precision, one.options) for one in fit]
+    try:
+        return create.create([Path(one.path) for one in fit], options, out, load=_load, given=given)
+    finally:
+        samples.unlink(missing_ok=True)
+
+
+def _in_order(outcome: Outcome) -> Sequence[Evaluated]:
+    """The float model first: its answers are the goldens' own; then the fastest."""
+    reference = outcome.of(outcome.reference)
+    return [reference, *(one for one in outcome.shipped if one.name != reference.name)]
+
+
+def _load(variant: manifests.Variant, path: Path) -> create.Run:
+    return backend(variant.backend).load(path, variant.options).run
+
+
+def card(outcome: Outcome) -> dict[str, Any]:
+    """What was measured, where: shipped and refused, with reasons. Plain values."""
+    return {
+        "metric": outcome.metric,
+        "samples": outcome.samples,
+        "confidence": outcome.confidence,
+        "drop_max": outcome.drop_max,
+        "machine": outcome.machine,
+        "variants": {one.name: _figures(one) for one in outcome.evaluated if not one.refusal},
+        "refused": {one.name: one.refusal for one in outcome.evaluated if one.refusal},
+    }
+
+
+def _figures(one: Evaluated) -> dict[str, Any]:
+    assert one.score is not None and one.against is not None
+    return {
+        "backend": f"{one.backend} {one.backend_version}",
+        "score": msgspec.to_builtins(one.score),
+        "loss": msgspec.to_builtins(one.against),
+        "p50_ms": one.p50_ms,
+        "p95_ms": one.p95_ms,
+        "speedup": one.speedup,
+        "size_bytes": one.size_bytes,
+        "packed_bytes": one.packed_bytes,
+        "memory_bytes": one.memory_bytes,
+        "passes": list(one.steps),
+        "notes": list(one.notes),
+    }
+
+
+def provenance(outcome: Outcome) -> dict[str, Any]:
+    """Where the bundle comes from: source, recipe, library versions."""
+    return {
+        "tool": f"edge-quantize {edge_runtime.__version__}",
+        "source_sha256": outcome.source_sha256,
+        "recipe": outcome.recipe,
+        "libraries": outcome.machine.get("libraries", {}),
+    }

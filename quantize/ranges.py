@@ -1,0 +1,70 @@
+"""From a histogram of activations to the range that a quantizer should keep.
+
+Law of this file: counts in, ranges out. Source of the choice by error: the clipping that minimizes
+the mean squared error of rounding plus clipping over the histogram (Banner et al. 2019, "Post
+training 4-bit quantization of convolutional networks"), searched here and not in closed form.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+BINS = 2048
+STEPS = 60  # clippings tried per side: 1 % of the range each down to 40 %
+
+
+class Histogram(NamedTuple):
+    """Counts of equal bins from `low` to `high`; the range contains 0."""
+
+    counts: Array
+    low: float
+    high: float
+
+    @property
+    def centres(self) -> Array:
+        edges = np.linspace(self.low, self.high, len(self.counts) + 1)
+        return (edges[1:] + edges[:-1]) / 2
+
+
+def counted(before: Histogram | None, values: Array, low: float, high: float) -> Histogram:
+    """The histogram with these values added."""
+    high = high if high > low else low + 1e-6
+    counts, _ = np.histogram(values, bins=BINS, range=(low, high))
+    return Histogram(counts if before is None else before.counts + counts, low, high)
+
+
+def mse(found: dict[str, Histogram], bits: int) -> dict[str, tuple[float, float]]:
+    """Per tensor the range with the least squared error at so many bits."""
+    return {name: least_error(one, bits) for name, one in found.items()}
+
+
+def least_error(histogram: Histogram, bits: int) -> tuple[float, float]:
+    """The best of STEPS clippings of each side; a side that is 0 stays 0."""
+    shares = np.linspace(1.0, 0.4, STEPS)
+    if histogram.low >= 0 or histogram.high <= 0:
+        candidates = [(histogram.low * share, histogram.high * share) for share in shares]
+    else:
+        coarse = shares[::6]
+        candidates = [(histogram.low * a, histogram.high * b) for a in coarse for b in coarse]
+    return min(candidates, key=lambda one: squared_error(histogram, one[0], one[1], bits))
+
+
+def squared_error(histogram: Histogram, low: float, high: float, bits: int) -> float:
+    """Mean squared error of the values when quantized to 2**bits steps from low to high."""
+    step = max(high - low, 1e-12) / (2**bits - 1)
+    values = histogram.centres
+    rounded = low + np.round((np.clip(values, low, high) - low) / step) * step
+    total = max(float(histogram.counts.sum()), 1.0)
+    return float((histogram.counts * (values - rounded) ** 2).sum() / total)
+
+
+def saturated(histogram: Histogram, low: float, high: float) -> float:
+    """The share of values outside the range: what a quantizer with it cuts off."""
+    values = histogram.centres
+    half = (histogram.high - histogram.low) / len(histogram.counts) / 2
+    outside = (values > high + half) | (values < low - half)
+    return float(histogram.counts[outside].sum() / max(float(histogram.counts.sum()), 1.0))

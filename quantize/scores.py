@@ -1,0 +1,254 @@
+"""How right answers are: metrics, confidence intervals and paired tests.
+
+Law of this file: arrays in, numbers out; no model, no file, no clock, randomness is a seed. A score
+is one number per sample, larger is better, so that two variants can be compared sample by sample.
+
+Sources: Wilson 1927 (interval of a share); McNemar 1947, exact binomial form (two classifiers on
+the same samples); Efron 1979 (bootstrap).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from edge_runtime.errors import UsageError
+
+Array = np.ndarray[Any, Any]
+
+BOOTSTRAP_ROUNDS = 1000
+
+
+class Interval(msgspec.Struct, frozen=True):
+    """A value with its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """What a variant loses against the reference, on the same samples.
+
+    Attributes:
+        drop: mean of reference - variant; negative: the variant is better.
+        low, high: two-sided interval of it.
+        bound: one-sided upper bound of it at the same confidence.
+        p_value: of "no difference"; McNemar's exact test where scores are 0 or 1, else a sign test.
+        worse, better: samples on which the variant is worse, better.
+    """
+
+    drop: float
+    low: float
+    high: float
+    bound: float
+    p_value: float
+    worse: int
+    better: int
+
+
+class Metric(NamedTuple):
+    """How a metric reads answers.
+
+    Attributes:
+        score: (outputs, labels or None, the float model's outputs) -> one score per sample.
+        drop_max: the default budget.
+        unit: what one unit of it is, for people.
+        needs_labels: false: it compares with the float model.
+    """
+
+    score: Callable[[Array, Array | None, Array], Array]
+    drop_max: float
+    unit: str
+    needs_labels: bool
+
+
+def metric(name: str, k: int = 5, function: Callable[..., Array] | None = None) -> Metric:
+    """The metric of that name (recipe.METRICS without auto).
+
+    Raises:
+        UsageError: there is none, or it needs a function.
+    """
+    if name in ("callable", "wer"):
+        if function is None:
+            raise UsageError(f"metric {name!r} needs a function", where="evaluation.callable")
+        given = function
+        return Metric(lambda out, labels, _: np.asarray(given(out, labels)), 0.01, "score", True)
+    if name == "topk":
+        return Metric(lambda out, labels, _: in_top(out, labels, k), 0.01, "share", True)
+    if name not in _METRICS:
+        raise UsageError(f"unknown metric {name!r}", expected="one of " + ", ".join(_METRICS))
+    return _METRICS[name]
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def top1(outputs: Array, labels: Array | None, _: Array | None = None) -> Array:
+    """1 where the largest value is the label's. outputs [N, classes], labels integers [N]."""
+    return in_top(outputs, labels, 1)
+
+
+def in_top(outputs: Array, labels: Array | None, k: int) -> Array:
+    """1 where the label is among the k largest values."""
+    assert labels is not None
+    flat = outputs.reshape(len(outputs), -1)
+    if k == 1:
+        return _floats(flat.argmax(axis=1) == labels.reshape(len(flat), -1)[:, 0])
+    best = np.argpartition(-flat, min(k, flat.shape[1] - 1), axis=1)[:, :k]
+    return _floats((best == labels.reshape(len(flat), -1)[:, :1]).any(axis=1))
+
+
+def agreement(outputs: Array, _: Array | None, reference: Array) -> Array:
+    """1 where the largest value stands where the float model has it."""
+    mine = outputs.reshape(len(outputs), -1).argmax(axis=1)
+    return _floats(mine == reference.reshape(len(reference), -1).argmax(axis=1))
+
+
+def cosine(outputs: Array, _: Array | None, reference: Array) -> Array:
+    """Cosine of the angle to the float model's answer; 1 for two zeros."""
+    mine, want = _rows(outputs), _rows(reference)
+    norms = np.linalg.norm(mine, axis=1) * np.linalg.norm(want, axis=1)
+    dots = (mine * want).sum(axis=1)
+    both_zero = (np.abs(mine).max(axis=1) == 0) & (np.abs(want).max(axis=1) == 0)
+    return np.where(both_zero, 1.0, dots / np.where(norms == 0, 1.0, norms))
+
+
+def negative_kl(outputs: Array, _: Array | None, reference: Array) -> Array:
+    """-KL(float || variant) in nats, of the softmax of both."""
+    want, mine = _log_softmax(_rows(reference)), _log_softmax(_rows(outputs))
+    return _floats(-(np.exp(want) * (want - mine)).sum(axis=1))
+
+
+def negative_mse(outputs: Array, labels: Array | None, reference: Array) -> Array:
+    """Minus the mean squared distance to the labels, or to the float model where there are none."""
+    target = reference if labels is None else labels
+    return _floats(-((_rows(outputs) - _rows(target)) ** 2).mean(axis=1))
+
+
+def psnr(outputs: Array, labels: Array | None, reference: Array) -> Array:
+    """Peak signal to noise in dB against the labels (or float model), peak = their range.
+
+    At most 100 dB, so that equal answers have a finite score.
+    """
+    target = _rows(reference if labels is None else labels)
+    peak = max(float(target.max() - target.min()), 1e-12)
+    error = ((_rows(outputs) - target) ** 2).mean(axis=1)
+    return _floats(np.minimum(10 * np.log10(peak**2 / np.maximum(error, 1e-30)), 100.0))
+
+
+def f1(outputs: Array, labels: Array | None, _: Array | None = None) -> Array:
+    """F1 by sample of many-label answers: values > 0.5 (or logits > 0) against 0/1 labels [N, C].
+
+    The mean over samples is the "samples" average; with one column it is the share that is right.
+    """
+    assert labels is not None
+    said = _rows(outputs)
+    said = said > (0.5 if said.min() >= 0 and said.max() <= 1 else 0.0)
+    want = _rows(labels) > 0.5
+    if want.shape[1] == 1:
+        return _floats((said[:, :1] == want).all(axis=1))
+    both = (said & want).sum(axis=1)
+    total = said.sum(axis=1) + want.sum(axis=1)
+    return np.where(total == 0, 1.0, 2 * both / np.maximum(total, 1))
+
+
+def average_precision(outputs: Array, labels: Array | None, _: Array | None = None) -> Array:
+    """Average precision by sample: how high the true columns of 0/1 labels [N, C] are ranked."""
+    assert labels is not None
+    values, want = _rows(outputs), _rows(labels) > 0.5
+    order = np.argsort(-values, axis=1, kind="stable")
+    hits = np.take_along_axis(want, order, axis=1)
+    precision = np.cumsum(hits, axis=1) / np.arange(1, hits.shape[1] + 1)
+    count = hits.sum(axis=1)
+    return np.where(count == 0, 1.0, (precision * hits).sum(axis=1) / np.maximum(count, 1))
+
+
+_METRICS: dict[str, Metric] = {
+    "top1": Metric(top1, 0.01, "share", True),
+    "f1": Metric(f1, 0.01, "share", True),
+    "map": Metric(average_precision, 0.01, "share", True),
+    "mse": Metric(negative_mse, 1e-3, "square", False),
+    "psnr": Metric(psnr, 1.0, "dB", False),
+    "agreement": Metric(agreement, 0.05, "share", False),
+    "kl": Metric(negative_kl, 0.05, "nat", False),
+    "cosine": Metric(cosine, 0.02, "cosine", False),
+}
+
+
+def _floats(values: Any) -> Array:
+    return np.asarray(values, dtype=np.float64)
+
+
+def _rows(array: Array) -> Array:
+    return array.reshape(len(array), -1).astype(np.float64)
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return _floats(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+# --- intervals and tests --------------------------------------------------------------------------
+
+
+def interval(scores: Array, confidence: float, seed: int = 0) -> Interval:
+    """The mean score: Wilson's interval where scores are 0 or 1, else a bootstrap's."""
+    count, value = len(scores), float(scores.mean())
+    if _is_binary(scores):
+        z = NormalDist().inv_cdf(0.5 + confidence / 2)
+        centre = (value + z * z / (2 * count)) / (1 + z * z / count)
+        half = z / (1 + z * z / count)
+        half *= math.sqrt(value * (1 - value) / count + z * z / (4 * count * count))
+        return Interval(value, centre - half, centre + half)
+    low, high = _bootstrap(scores, (0.5 - confidence / 2, 0.5 + confidence / 2), seed)
+    return Interval(value, low, high)
+
+
+def difference(reference: Array, variant: Array, confidence: float, seed: int = 0) -> Difference:
+    """What the variant loses, from scores of the same samples in the same order."""
+    assert reference.shape == variant.shape, "paired scores"
+    lost = reference - variant
+    worse, better = int((lost > 0).sum()), int((lost < 0).sum())
+    drop, count = float(lost.mean()), len(lost)
+    quantiles = (0.5 - confidence / 2, 0.5 + confidence / 2, confidence)
+    if _is_binary(reference) and _is_binary(variant):
+        # No discordant pair is still no proof of none: one is assumed (the rule of three's spirit).
+        variance = max(worse + better - (worse - better) ** 2 / count, 1.0)
+        error = math.sqrt(variance) / count
+        low, high, bound = (drop + NormalDist().inv_cdf(q) * error for q in quantiles)
+    else:
+        low, high, bound = _bootstrap(lost, quantiles, seed)
+    return Difference(drop, low, high, bound, sign_test(worse, better), worse, better)
+
+
+def sign_test(worse: int, better: int) -> float:
+    """Two-sided exact p-value of `worse` against `better` under a fair coin (McNemar, exact)."""
+    count, fewer = worse + better, min(worse, better)
+    if count == 0 or worse == better:
+        return 1.0
+    # In logarithms: a binomial coefficient of thousands is no float.
+    logs = [
+        math.lgamma(count + 1) - math.lgamma(i + 1) - math.lgamma(count - i + 1)
+        for i in range(fewer + 1)
+    ]
+    top = max(logs)
+    tail = math.exp(top - count * math.log(2)) * sum(math.exp(one - top) for one in logs)
+    return min(1.0, 2 * tail)
+
+
+def _is_binary(scores: Array) -> bool:
+    return bool(np.isin(scores, (0.0, 1.0)).all())
+
+
+def _bootstrap(values: Array, quantiles: tuple[float, ...], seed: int) -> tuple[float, ...]:
+    rng = np.random.Generator(np.random.PCG64(seed))
+    means = [
+        values[rng.integers(0, len(values), len(values))].mean() for _ in range(BOOTSTRAP_ROUNDS)
+    ]
+    return tuple(float(one) for one in np.quantile(means, quantiles))

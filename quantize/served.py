@@ -1,0 +1,199 @@
+"""A daemon of our own, to ask variants through the code that will serve them.
+
+Law of this file: it starts the real program on sockets in a private folder, installs one bundle per
+variant, asks, and ends it; nothing outlives the `with`. What the daemon refuses is told as it said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from edge_runtime.bundle import archive, source
+from edge_runtime.bundle.manifest import Blob, Manifest, Variant
+from edge_runtime.client import Client
+from edge_runtime.client.control import ControlClient
+from edge_runtime.errors import EdgeError, UnavailableError
+from edge_runtime.tensors import TensorSpec
+from quantize import datasets
+from quantize.passes import Feeds
+
+Array = np.ndarray[Any, Any]
+
+START_S_MAX = 30.0
+STOP_S_MAX = 20.0
+ROWS = 32  # of a request, where the model has a batch axis
+REQUEST_S_MAX = 60.0
+
+
+class Candidate(NamedTuple):
+    """A model file that is to be asked."""
+
+    name: str
+    path: Path
+    backend: str
+    options: dict[str, Any]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batch_axis: int | None
+    custom_domains: tuple[str, ...] = ()
+
+
+class Served(NamedTuple):
+    """What a variant answered, and what it took.
+
+    `outputs` [samples, ...] by name; `memory_bytes` private bytes of its worker after the answers.
+    """
+
+    outputs: dict[str, Array]
+    memory_bytes: int
+    backend_version: str
+    placement: tuple[dict[str, Any], ...]
+
+
+class Daemon:
+    """The daemon while it runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._run = folder / "run"
+
+    def answers(self, candidate: Candidate, inputs: Feeds) -> Served:
+        """Serve the candidate, have it answer every sample, and unload it.
+
+        Args:
+            inputs: [samples, ...] per input.
+
+        Raises:
+            EdgeError: it does not load, or fails on a sample; as the daemon said.
+        """
+        with ControlClient(self._run / "control.sock") as control:
+            self._install(control, candidate)
+            try:
+                with Client(str(self._run / "infer.sock"), timeout_s=REQUEST_S_MAX) as client:
+                    outputs = _ask(client, candidate, inputs)
+                facts = control.call("ps")["workers"]
+                (worker,) = [one for one in facts if one["model"] == candidate.name]
+                (model,) = [
+                    one for one in control.call("models")["models"] if one["name"] == candidate.name
+                ]
+            finally:
+                control.call("unload", {"name": candidate.name})
+        active = model["active"]
+        return Served(
+            outputs,
+            int(worker.get("private_bytes") or 0),
+            str(active.get("backend_version", "")),
+            tuple(active.get("placement", ())),
+        )
+
+    def _install(self, control: ControlClient, candidate: Candidate) -> None:
+        bundle = self._folder / f"{candidate.name}.bundle"
+        pack_one(candidate, bundle)
+        with bundle.open("rb") as file:
+            control.call(
+                "install",
+                {"activate": True, "filename": bundle.name},
+                fds=[file.fileno()],
+            )
+        bundle.unlink()
+
+
+@contextlib.contextmanager
+def daemon() -> Iterator[Daemon]:
+    """A daemon on private sockets.
+
+    Raises:
+        UnavailableError: it does not start; says what it wrote.
+    """
+    # A short path: a unix socket's name has at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="edge-q-") as name:
+        folder = Path(name)
+        process = _start(folder)
+        try:
+            _wait_until_ready(process, folder)
+            yield Daemon(folder)
+        finally:
+            _stop(process)
+
+
+def pack_one(candidate: Candidate, out: Path) -> None:
+    """A bundle of one variant without goldens: it is here to be judged."""
+    content = source.from_path(candidate.path.resolve())
+    blob = Blob(content.sha256(), content.size, candidate.path.name)
+    manifest = Manifest(
+        schema=1,
+        name=candidate.name,
+        version=1,
+        inputs=candidate.inputs,
+        outputs=candidate.outputs,
+        batch_axis=candidate.batch_axis,
+        variants=(
+            Variant(
+                "candidate",
+                candidate.backend,
+                blob,
+                options=candidate.options,
+                custom_domains=candidate.custom_domains,
+            ),
+        ),
+    )
+    archive.pack(archive.compose(manifest, {blob.sha256: content}), out)
+
+
+def _ask(client: Client, candidate: Candidate, inputs: Feeds) -> dict[str, Array]:
+    rows = ROWS if candidate.batch_axis == 0 else 1
+    parts = list(
+        client.infer_many(candidate.name, datasets.batches(inputs, rows), timeout_s=REQUEST_S_MAX)
+    )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _start(folder: Path) -> subprocess.Popen[bytes]:
+    config = {
+        "log": {"level": "warning"},
+        "limits": {"bundle_bytes_max": 1 << 34},
+        "workers": {"keep_previous_warm": False, "own_socket": False},
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "edge_runtime", "serve"]
+    command += ["--state-dir", str(folder / "state"), "--run-dir", str(folder / "run")]
+    command += ["--config", str(folder / "config.yaml")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("NOTIFY_SOCKET", "LISTEN_FDS")}
+    with (folder / "daemon.log").open("wb") as log:
+        return subprocess.Popen(command, stderr=log, stdout=log, env=environment)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], folder: Path) -> None:
+    deadline_s = time.monotonic() + START_S_MAX
+    while time.monotonic() < deadline_s and process.poll() is None:
+        try:
+            with ControlClient(folder / "run" / "control.sock", timeout_s=START_S_MAX) as control:
+                control.call("models")
+                return
+        except EdgeError:
+            time.sleep(0.02)
+    said = (folder / "daemon.log").read_text(errors="replace").strip().splitlines()
+    raise UnavailableError(
+        "the daemon that should judge the variants did not start: " + (said or ["no word"])[-1]
+    )
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_S_MAX)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

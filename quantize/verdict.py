@@ -1,0 +1,91 @@
+"""Whether a variant may be shipped: its figures against the budgets, and the reason in words.
+
+Law of this file: pure. The first reason found is the one told, the gravest first: wrong answers,
+then memory and size, then "it is no faster". A figure that is missing refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantize.recipe import Budgets
+from quantize.results import Evaluated
+
+# Two medians of interleaved rounds differ by so much through chance on a machine of two shared
+# cores (half the spread of repeated runs of the same model): below it "slower" is not claimed.
+NOISE = 0.03
+
+
+def refusal(one: Evaluated, reference: Evaluated, budgets: Budgets, drop_max: float) -> str:
+    """Why the variant is not shipped; empty if it is."""
+    if one.refusal:
+        return one.refusal
+    if one.name == reference.name:
+        return ""
+    return (
+        _wrong(one, reference, budgets, drop_max)
+        or _too_large(one, budgets)
+        or _too_slow(one, budgets)
+    )
+
+
+def dominated(one: Evaluated, others: Sequence[Evaluated]) -> str:
+    """Why a variant is not needed beside the others on its backend; empty if it is.
+
+    Another is as right (to within what is measurable), as fast, and as small.
+    """
+    for other in others:
+        if other.name != one.name and other.backend == one.backend and _as_good(other, one):
+            return f"{other.name} is as good in everything: answers, speed, size"
+    return ""
+
+
+def _as_good(other: Evaluated, one: Evaluated) -> bool:
+    assert other.score is not None and one.score is not None
+    as_right = other.score.high >= one.score.value
+    as_fast = other.p50_ms <= one.p50_ms * (1 + NOISE)
+    return as_right and as_fast and other.size_bytes <= one.size_bytes * (1 + NOISE)
+
+
+def _wrong(one: Evaluated, reference: Evaluated, budgets: Budgets, drop_max: float) -> str:
+    lost = one.against
+    if lost is None or one.score is None or reference.score is None:
+        return "its answers were not judged"
+    figures = (
+        f"{one.score.value:.4f} instead of {reference.score.value:.4f} on {one.backend}"
+        f" {one.backend_version}"
+    )
+    if lost.drop > drop_max:
+        return (
+            f"answers are worse: {figures}, a loss of {lost.drop:.4f} where {drop_max:g} is allowed"
+        )
+    if lost.bound > drop_max:
+        return (
+            f"not proven right: {figures}; at {budgets.confidence:.0%} confidence it may lose"
+            f" {lost.bound:.4f}, allowed is {drop_max:g}; more samples may prove it"
+        )
+    return ""
+
+
+def _too_large(one: Evaluated, budgets: Budgets) -> str:
+    if budgets.size_bytes_max and one.size_bytes > budgets.size_bytes_max:
+        return f"its file has {one.size_bytes} bytes, allowed are {budgets.size_bytes_max}"
+    if budgets.memory_bytes_max and one.memory_bytes > budgets.memory_bytes_max:
+        return (
+            f"it takes {one.memory_bytes} bytes of memory, allowed are {budgets.memory_bytes_max}"
+        )
+    return ""
+
+
+def _too_slow(one: Evaluated, budgets: Budgets) -> str:
+    if not one.p50_ms:
+        return "its latency was not measured"
+    if budgets.latency_ms_max and one.p50_ms > budgets.latency_ms_max:
+        return f"a run takes {one.p50_ms:.3f} ms, allowed are {budgets.latency_ms_max:g}"
+    if budgets.speedup_min and one.speedup < budgets.speedup_min * (1 - NOISE):
+        because = "; ".join(note for note in one.notes if note.startswith("slower:"))
+        return (
+            f"it is not faster: {one.speedup:.2f} times the float model's speed, at least"
+            f" {budgets.speedup_min:g} is wanted" + (f" ({because})" if because else "")
+        )
+    return ""

@@ -1,0 +1,154 @@
+"""One run: recipe in, outcome, report and bundle out.
+
+Law of this file: the ordered list of steps; each step is another file's. Everything that can be
+wrong with the recipe, the model or the data is found before the first pass works.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from edge_runtime.bundle.create import Created
+from edge_runtime.errors import ModelError, UsageError
+from quantize import (
+    building,
+    datasets,
+    evaluating,
+    models,
+    onnxruntime_door,
+    packing,
+    scratch,
+)
+from quantize.building import Built, Chain
+from quantize.datasets import Split
+from quantize.evaluating import Judge
+from quantize.models import ModelFile
+from quantize.passes import Say
+from quantize.recipe import Recipe, Variant
+from quantize.results import Outcome
+
+Array = np.ndarray[Any, Any]
+
+REFERENCE = "fp32"  # what the float model is called when the recipe has no variant without passes
+
+
+class Prepared(NamedTuple):
+    """A run that is known to make sense."""
+
+    recipe: Recipe
+    source: ModelFile
+    split: Split
+    chains: tuple[Chain, ...]
+    judge: Judge
+    metric: str
+
+
+class Finished(NamedTuple):
+    """What a run leaves."""
+
+    outcome: Outcome
+    built: tuple[Built, ...]
+    created: Created | None
+
+
+def prepare(given: Recipe) -> Prepared:
+    """Read model and data and decode every pass; nothing is computed yet.
+
+    Raises:
+        EdgeError: what is wrong with recipe, model or data.
+    """
+    source = models.read(Path(given.source))
+    ready = msgspec.structs.replace(given, variants=with_reference(given.variants))
+    chains = tuple(building.chains(ready.variants, source))
+    whole = datasets.load(ready.data, source.inputs)
+    own = (
+        datasets.load(ready.data, source.inputs, ready.data.calibration)
+        if ready.data.calibration
+        else None
+    )
+    split = datasets.split(
+        whole,
+        own,
+        ready.calibration.samples,
+        ready.calibration.seed,
+        ready.evaluation.samples,
+        ready.evaluation.seed,
+    )
+    name, metric = evaluating.metric_of(ready.evaluation, split.evaluation, _function(ready))
+    judge = Judge(ready, source, split.evaluation, metric)
+    return Prepared(ready, source, split, chains, judge, name)
+
+
+def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
+    """Build, measure, judge and, with `out`, pack.
+
+    Args:
+        folder: where intermediate models are kept; a second run with the same recipe reuses them.
+        out: the bundle to write.
+
+    Raises:
+        EdgeError: the float model fails, or the bundle cannot be written.
+    """
+    began_s = time.monotonic()
+    kept = scratch.Scratch(folder)
+    built = [
+        building.build(one, ready.source, ready.split.calibration, ready.recipe.seed, kept, say)
+        for one in ready.chains
+    ]
+    evaluated, answers = evaluating.evaluate(ready.judge, built, say)
+    outcome = Outcome(
+        name=ready.recipe.name,
+        metric=ready.metric,
+        samples=len(ready.split.evaluation),
+        confidence=ready.recipe.budgets.confidence,
+        drop_max=evaluating.drop_max(ready.judge),
+        reference=built[0].variant.name,
+        evaluated=tuple(evaluated),
+        calibration=datasets.fingerprint(ready.split.calibration),
+        machine=evaluating.machine() | {"libraries": onnxruntime_door.versions()},
+        recipe=msgspec.to_builtins(ready.recipe),
+        source_sha256=scratch.file_sha256(ready.source.path),
+        seconds=time.monotonic() - began_s,
+        notes=ready.split.notes,
+    )
+    created = None
+    if out is not None:
+        say(f"packing {len(outcome.shipped)} variants")
+        created = packing.pack(
+            ready.recipe, outcome, ready.split.evaluation, answers, ready.judge.output, out
+        )
+    return Finished(outcome, tuple(built), created)
+
+
+def with_reference(variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+    """The float model first: one that the recipe names, or one of our own."""
+    plain = [one for one in variants if not one.passes]
+    if plain:
+        return (plain[0], *(one for one in variants if one is not plain[0]))
+    backend = variants[0].backend if variants else "onnxruntime"
+    return (Variant(REFERENCE, backend), *variants)
+
+
+def _function(given: Recipe) -> Callable[..., Array] | None:
+    text = given.evaluation.callable
+    if not text:
+        return None
+    module, _, name = text.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as e:
+        raise UsageError(
+            f"cannot be imported: {e}",
+            where="evaluation.callable",
+            expected="module:function that Python finds (PYTHONPATH)",
+        ) from e
+    if not callable(found):
+        raise ModelError(f"{text} is no function", where="evaluation.callable")
+    return found  # type: ignore[no-any-return]
