@@ -96,7 +96,7 @@ class Options(msgspec.Struct, frozen=True):
     backend_options: dict[str, dict[str, Any]] = {}
 
 
-class Given(NamedTuple):
+class Given(msgspec.Struct, frozen=True):
     """What the caller knows of a variant better than its file says."""
 
     name: str
