@@ -74,7 +74,7 @@ def test_status_and_config_show_say_which_profile_holds(running: Daemon) -> None
 
 @pytest.mark.parametrize(
     ("named", "said"),
-    [("rasberrypi-5", "did you mean 'raspberrypi-5'?"), ("./missing.yaml", "cannot be read")],
+    [("rasberry-pi-5", "did you mean 'raspberry-pi-5'?"), ("./missing.yaml", "cannot be read")],
 )
 def test_a_profile_that_is_not_there_stops_the_start_with_a_remedy(
     tmp_path: Path, named: str, said: str
