@@ -55,6 +55,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command("edge_runtime.cli.bench", "offer a model more than it can take, and measure"),
     "config": Command("edge_runtime.cli.configuration", "show or check the configuration"),
     "bundle": Command("edge_runtime.cli.bundle", "create, inspect, lint or extract a bundle"),
+    "doctor": Command("edge_runtime.cli.doctor", "is this machine fit to serve, and what to do"),
     "version": Command("edge_runtime.cli.status", "the version of this program"),
 }
 

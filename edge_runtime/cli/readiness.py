@@ -1,13 +1,14 @@
-"""Whether a model answers, asked on the wire without numpy.
+"""Whether a model, or the daemon, answers: asked on the wire without numpy.
 
-Law of this file: one MODEL_READY question, and its repetition. It uses frames directly, not
-`Client`, because a health check runs every few seconds and must not cost an import of numpy.
+Law of this file: one MODEL_READY or SERVER_LIVE question, and its repetition. It uses frames
+directly, not `Client`, because a health check runs every few seconds and must not cost an import of
+numpy.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import ConnectionClosedError, DeadlineError, EdgeError, UnavailableError
 from edge_runtime.wire import frames, messages, sockets
@@ -46,11 +47,29 @@ def ask(path: Path, name: str, timeout_s: float, *, wait: bool, clock: Clock) ->
         time.sleep(POLL_S)
 
 
+def ask_live(path: Path, timeout_s: float) -> None:
+    """Return when the daemon behind `path` said that it lives.
+
+    Raises:
+        EdgeError: nobody listens, this user may not ask, or there was no such answer in time.
+    """
+    request = messages.encode_document(frames.Kind.SERVER_LIVE, {}, request_id=1)
+    if _answer(path, request, timeout_s).get("live") is not True:
+        raise UnavailableError("the daemon does not say that it lives", where=str(path))
+
+
 def _ask_once(path: Path, name: str, timeout_s: float, deadline_ns: int) -> None:
     header = messages.encode_header(messages.ModelRef(model_name=name))
     request = messages.encode_frame(
         frames.Kind.MODEL_READY, header, request_id=1, time_ns=deadline_ns
     )
+    if _answer(path, request, timeout_s).get("ready") is not True:
+        raise UnavailableError(
+            f"{name} is not ready", where=str(path), remedy=f"`edge-runtime why {name}` says why"
+        )
+
+
+def _answer(path: Path, request: bytes, timeout_s: float) -> dict[str, Any]:
     with sockets.connect_unix(path, timeout_s) as sock:
         try:
             sock.sendall(request)
@@ -61,10 +80,7 @@ def _ask_once(path: Path, name: str, timeout_s: float, deadline_ns: int) -> None
             raise ConnectionClosedError("the connection broke", where=str(path)) from error
     if kind == frames.Kind.ERROR:
         raise messages.decode_error(answer)
-    if messages.decode_document(answer).get("ready") is not True:
-        raise UnavailableError(
-            f"{name} is not ready", where=str(path), remedy=f"`edge-runtime why {name}` says why"
-        )
+    return messages.decode_document(answer)
 
 
 def _receive(sock: socket.socket) -> tuple[int, bytes]:

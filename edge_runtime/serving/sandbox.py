@@ -231,9 +231,14 @@ def deny_calls() -> str:
     return f"seccomp ({refused} calls)"
 
 
+def landlock_abi() -> int:
+    """The version of landlock that this kernel has; 0: none."""
+    return max(0, int(_libc.syscall(_LANDLOCK_CREATE_RULESET, None, 0, 1)))
+
+
 def restrict_files(readable: Iterable[Path]) -> str:
     """Only `readable` (files, or directories with all beneath) can be opened, for reading."""
-    abi = _libc.syscall(_LANDLOCK_CREATE_RULESET, None, 0, 1)
+    abi = landlock_abi()
     if abi < 1:
         return "no landlock"
     handled_fs = (1 << _FS_BITS.get(abi, 16)) - 1

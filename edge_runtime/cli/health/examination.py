@@ -1,0 +1,156 @@
+"""Which look belongs to which judgement, and looking at everything side by side.
+
+Law of this file: LOOKS is the list of what is examined, in the order of the report. Looks run in
+threads of their own, so that a disk or a driver that does not answer costs its own lines only: what
+is not there in time is not known.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from edge_runtime.backends import diagnosis, probing
+from edge_runtime.backends.diagnosis import Diagnosis
+from edge_runtime.backends.probe import names
+from edge_runtime.cli.health import Check, Finding, Unknown, facts, reach, verdicts
+from edge_runtime.cli.health.facts import World
+
+GROUPS: tuple[str, ...] = (
+    "backends",
+    "accelerators",
+    "profile",
+    "daemon",
+    "clock",
+    "disk",
+    "memory",
+    "limits",
+)
+GROUPS += ("kernel", "software")
+LOOK_TIMEOUT_S = 5.0  # for what is no probe: the slowest part is a bad disk
+PROBES_AT_ONCE = 2  # each takes a core and, with OpenVINO, 100 MB
+
+Judge = Callable[[Any], Finding]
+
+
+class Look(NamedTuple):
+    """One thing to look at, and the lines that come of it."""
+
+    group: str
+    look: Callable[[World], Any]
+    lines: tuple[tuple[str, Judge], ...]
+
+
+LOOKS: tuple[Look, ...] = (
+    Look("daemon", reach.infer_socket, (("infer socket", verdicts.infer_socket),)),
+    Look(
+        "daemon",
+        reach.control_socket,
+        (("control socket", verdicts.control_socket), ("models", verdicts.models)),
+    ),
+    Look("clock", facts.clock, (("date", verdicts.year), ("synchronised", verdicts.synchronised))),
+    Look("disk", facts.space, (("space", verdicts.room), ("file system", verdicts.file_system))),
+    Look("disk", facts.sync, (("sync", verdicts.sync_time),)),
+    Look(
+        "memory",
+        facts.memory_of,
+        (
+            ("available", verdicts.available),
+            ("group limit", verdicts.cgroup),
+            ("out of memory", verdicts.oom_kills),
+        ),
+    ),
+    Look("memory", facts.swaps, (("swap", verdicts.swap),)),
+    Look(
+        "limits",
+        facts.limits,
+        (("open files", verdicts.open_files), ("pinned memory", verdicts.locked_memory)),
+    ),
+    Look(
+        "kernel",
+        facts.kernel,
+        (
+            ("landlock", verdicts.landlock),
+            ("seccomp", verdicts.seccomp),
+            ("shared memory", verdicts.sealed_memory),
+            ("pressure", verdicts.pressure),
+        ),
+    ),
+    Look(
+        "software", facts.software, (("python", verdicts.python), ("packages", verdicts.packages))
+    ),
+)
+
+
+def examine(world: World, probe_timeout_s: float = probing.TIMEOUT_S) -> list[Check]:
+    """Every check, in the order of the report."""
+    began_s = time.monotonic()
+    rooms = threading.Semaphore(min(PROBES_AT_ONCE, os.cpu_count() or 1))
+    tried = names() if world.live else []
+    probes = {name: Task(_probe(name, probe_timeout_s, rooms)) for name in tried}
+    looks = [(row, Task(_looking(row, world))) for row in LOOKS]
+    checks = [line for row, task in looks for line in _lines(row, task.wait(LOOK_TIMEOUT_S))]
+    outcomes = {}
+    # Two at a time: the last one may have waited for all before it.
+    until_s = began_s + 1 + probe_timeout_s * (len(probes) + 1) / PROBES_AT_ONCE
+    for name, task in probes.items():
+        outcomes[name] = task.wait(max(0.1, until_s - time.monotonic()))
+    checks += _backends(outcomes, world)
+    return sorted(checks, key=lambda check: GROUPS.index(check.group))
+
+
+class Task:
+    """A call in a thread that the program's end does not wait for."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._result: Any = Unknown("it did not answer in time")
+        self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
+        self._thread.start()
+
+    def _run(self, call: Callable[[], Any]) -> None:
+        try:
+            self._result = call()
+        except Exception as error:  # noqa: BLE001 - a look that fails is a line of the report
+            self._result = Unknown(f"looking failed ({type(error).__name__}: {error})")
+
+    def wait(self, timeout_s: float) -> Any:
+        """What the call returned, or an Unknown."""
+        self._thread.join(timeout_s)
+        return self._result
+
+
+def _looking(row: Look, world: World) -> Callable[[], Any]:
+    return lambda: row.look(world)
+
+
+def _lines(row: Look, fact: Any) -> list[Check]:
+    return [Check(row.group, name, *verdicts.known(judge)(fact)) for name, judge in row.lines]
+
+
+def _probe(
+    name: str, timeout_s: float, rooms: threading.Semaphore
+) -> Callable[[], diagnosis.Outcome]:
+    def run() -> diagnosis.Outcome:
+        with rooms:
+            return probing.probe(name, timeout_s=timeout_s)
+
+    return run
+
+
+def _backends(outcomes: dict[str, Any], world: World) -> list[Check]:
+    if not world.live:
+        return [Check("backends", "all", "unknown", f"not known: {facts.RECORDED.why}")]
+    processor = facts.processor(world)
+    found: list[tuple[str, Diagnosis]] = []
+    checks = []
+    for name, outcome in outcomes.items():
+        if isinstance(outcome, Unknown):
+            checks.append(Check("backends", name, "unknown", f"not known: {outcome.why}"))
+            continue
+        verdict = diagnosis.diagnose(outcome, processor)
+        found.append((name, verdict))
+        checks.append(Check("backends", name, *verdicts.backend(verdict)))
+    return [Check("backends", "any", *verdicts.any_backend(found)), *checks]
