@@ -35,7 +35,7 @@ def limit_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     total = _fields(proc / "meminfo", skip=0).get("MemTotal", 0)
     limits = [total] if total else []
     for line in _lines(proc / "self" / "cgroup"):
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
         for mount, knob in _knobs(controllers):
             # In a container the path may be the host's: then only the nearest one to the root is.
             parts = [part for part in path.split("/") if part not in ("", "..")]
@@ -62,15 +62,20 @@ def _lines(path: Path) -> list[str]:
 
 def _numbers(path: Path) -> list[int]:
     """The number in a file; nothing for "max" or where there is no such file."""
-    return [int(line) for line in _lines(path) if line.isdigit()]
+    return [int(line) for line in _lines(path) if _is_number(line)]
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def oom_kills(proc: Path = PROC) -> int:
     """Kernel out-of-memory kills since boot (/proc/vmstat)."""
     try:
         for line in (proc / "vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
+            name, _, count = line.partition(" ")
+            if name == "oom_kill" and _is_number(count):
+                return int(count)
     except OSError:
         pass  # a container may hide it; then no death is called out-of-memory
     return 0
@@ -79,4 +84,8 @@ def oom_kills(proc: Path = PROC) -> int:
 def _fields(path: Path, skip: int = 1) -> dict[str, int]:
     """Fields in kB of a file of /proc, in bytes; `skip`: lines of heading."""
     parts = [line.split() for line in _lines(path)[skip:]]
-    return {part[0].rstrip(":"): int(part[1]) * 1024 for part in parts if len(part) >= 2}
+    return {
+        part[0].rstrip(":"): int(part[1]) * 1024
+        for part in parts
+        if len(part) >= 2 and _is_number(part[1])
+    }

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from edge_runtime.backends import diagnosis, probing
 from edge_runtime.backends.diagnosis import Diagnosis
 from edge_runtime.backends.probe import names
-from edge_runtime.cli.health import Check, Finding, Unknown, facts, reach, verdicts
+from edge_runtime.cli.health import Check, Finding, Unknown, facts, hardware, reach, verdicts
 from edge_runtime.cli.health.facts import World
+from edge_runtime.cli.health.hardware import Attempt, Hardware
 
 GROUPS: tuple[str, ...] = (
     "backends",
@@ -46,11 +47,6 @@ class Look(NamedTuple):
 
 LOOKS: tuple[Look, ...] = (
     Look("daemon", reach.infer_socket, (("infer socket", verdicts.infer_socket),)),
-    Look(
-        "daemon",
-        reach.control_socket,
-        (("control socket", verdicts.control_socket), ("models", verdicts.models)),
-    ),
     Look("clock", facts.clock, (("date", verdicts.year), ("synchronised", verdicts.synchronised))),
     Look("disk", facts.space, (("space", verdicts.room), ("file system", verdicts.file_system))),
     Look("disk", facts.sync, (("sync", verdicts.sync_time),)),
@@ -84,21 +80,39 @@ LOOKS: tuple[Look, ...] = (
     ),
 )
 
+# Looked at before all others: whoever serves has the limits and the permissions that count.
+CONTROL = (
+    Look(
+        "daemon",
+        reach.control_socket,
+        (("control socket", verdicts.control_socket), ("models", verdicts.models)),
+    ),
+)
+
 
 def examine(world: World, probe_timeout_s: float = probing.TIMEOUT_S) -> list[Check]:
-    """Every check, in the order of the report."""
-    began_s = time.monotonic()
+    """Every check, in the order of the report.
+
+    Args:
+        probe_timeout_s: for each probe of a backend.
+    """
     rooms = threading.Semaphore(min(PROBES_AT_ONCE, os.cpu_count() or 1))
-    tried = names() if world.live else []
-    probes = {name: Task(_probe(name, probe_timeout_s, rooms)) for name in tried}
+    tried = [Attempt(name, name, {}, "cpu") for name in names()] if world.live else []
+    probes = [(one, Task(_probe(one, probe_timeout_s, rooms))) for one in tried]
+    control = Task(lambda: reach.control_socket(world)).wait(LOOK_TIMEOUT_S)
+    world = world._replace(daemon_pid=_pid(control))
     looks = [(row, Task(_looking(row, world))) for row in LOOKS]
+    board = Task(lambda: hardware.look(world)).wait(LOOK_TIMEOUT_S)
+    if world.live and isinstance(board, Hardware):
+        more = hardware.attempts(board)
+        probes += [(one, Task(_probe(one, probe_timeout_s, rooms))) for one in more]
     checks = [line for row, task in looks for line in _lines(row, task.wait(LOOK_TIMEOUT_S))]
-    outcomes = {}
-    # Two at a time: the last one may have waited for all before it.
-    until_s = began_s + 1 + probe_timeout_s * (len(probes) + 1) / PROBES_AT_ONCE
-    for name, task in probes.items():
-        outcomes[name] = task.wait(max(0.1, until_s - time.monotonic()))
-    checks += _backends(outcomes, world)
+    checks += [line for row in CONTROL for line in _lines(row, control)]
+    checks += _board(board)
+    # So many at a time: the last one has waited for all before it.
+    until_s = time.monotonic() + 1 + probe_timeout_s * (len(probes) + 1) / PROBES_AT_ONCE
+    outcomes = [(one, task.wait(max(0.1, until_s - time.monotonic()))) for one, task in probes]
+    checks += _backends(outcomes, board, world)
     return sorted(checks, key=lambda check: GROUPS.index(check.group))
 
 
@@ -131,26 +145,47 @@ def _lines(row: Look, fact: Any) -> list[Check]:
 
 
 def _probe(
-    name: str, timeout_s: float, rooms: threading.Semaphore
+    one: Attempt, timeout_s: float, rooms: threading.Semaphore
 ) -> Callable[[], diagnosis.Outcome]:
     def run() -> diagnosis.Outcome:
         with rooms:
-            return probing.probe(name, timeout_s=timeout_s)
+            return probing.probe(one.probe, one.options, timeout_s=timeout_s)
 
     return run
 
 
-def _backends(outcomes: dict[str, Any], world: World) -> list[Check]:
+def _pid(control: Any) -> int:
+    daemon = control[1] if isinstance(control, tuple) and len(control) == 2 else None
+    return daemon.pid if daemon else 0
+
+
+def _board(board: Any) -> list[Check]:
+    if isinstance(board, Hardware):
+        return hardware.checks(board)
+    return [Check("profile", "detected", "unknown", f"not known: {board.why}")]
+
+
+def _backends(outcomes: list[tuple[Attempt, Any]], board: Any, world: World) -> list[Check]:
     if not world.live:
-        return [Check("backends", "all", "unknown", f"not known: {facts.RECORDED.why}")]
-    processor = facts.processor(world)
+        return [Check("backends", "any", "unknown", f"not known: {facts.RECORDED.why}")]
     found: list[tuple[str, Diagnosis]] = []
     checks = []
-    for name, outcome in outcomes.items():
+    for one, outcome in outcomes:
         if isinstance(outcome, Unknown):
-            checks.append(Check("backends", name, "unknown", f"not known: {outcome.why}"))
-            continue
-        verdict = diagnosis.diagnose(outcome, processor)
-        found.append((name, verdict))
-        checks.append(Check("backends", name, *verdicts.backend(verdict)))
+            finding = Finding("unknown", f"not known: {outcome.why}")
+        else:
+            verdict = _diagnosed(one, outcome, board)
+            found.append((one.probe, verdict))
+            finding = verdicts.backend(verdict)
+        group = "backends" if one.device_class == "cpu" else "accelerators"
+        checks.append(Check(group, one.name, *finding))
     return [Check("backends", "any", *verdicts.any_backend(found)), *checks]
+
+
+def _diagnosed(one: Attempt, outcome: diagnosis.Outcome, board: Any) -> Diagnosis:
+    if not isinstance(board, Hardware):
+        return diagnosis.diagnose(outcome, diagnosis.Processor())
+    version = outcome.answer.version if outcome.answer else ""
+    backend = diagnosis.probe_of(one.probe).backend
+    wanted = diagnosis.Wanted(one.device_class, hardware.locks(board, backend, version))
+    return diagnosis.diagnose(outcome, hardware.processor(board.machine), wanted)

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_runtime.backends.diagnosis import Processor
 from edge_runtime.cli.health import Unknown
 from edge_runtime.daemon import memory
 from edge_runtime.serving import sandbox
@@ -52,6 +51,12 @@ def _text(path: Path) -> str | Unknown:
         return path.read_text(errors="replace")
     except OSError as error:
         return Unknown(f"{path} cannot be read: {error.strerror}")
+
+
+def _number(text: str) -> int:
+    """A number of the kernel's; -1 for "unlimited" and for whatever is none."""
+    word = text.strip()
+    return int(word) if word.isascii() and word.isdigit() else -1
 
 
 # --- clock --------------------------------------------------------------------------------------
@@ -194,8 +199,8 @@ def _limit(text: str, name: str) -> tuple[int, int]:
     """Soft and hard, from a line such as `Max open files  1024  4096  files`."""
     for line in text.splitlines():
         if line.startswith(name):
-            soft, hard = line[len(name) :].split()[:2]
-            return tuple(-1 if word == "unlimited" else int(word) for word in (soft, hard))  # type: ignore[return-value]
+            soft, hard = (*line[len(name) :].split(), "", "")[:2]
+            return _number(soft), _number(hard)
     return -1, -1
 
 
@@ -269,9 +274,9 @@ def memory_of(world: World) -> Memory | Unknown:
     text = _text(world.at("proc/meminfo"))
     if isinstance(text, Unknown):
         return text
-    fields = {line.partition(":")[0]: line.split() for line in text.splitlines()}
+    fields = {line.partition(":")[0]: line.partition(":")[2] for line in text.splitlines()}
     total, available = (
-        int(fields[name][1]) * 1024 if name in fields and len(fields[name]) > 1 else 0
+        max(0, _number(fields.get(name, "").removesuffix("kB"))) * 1024
         for name in ("MemTotal", "MemAvailable")
     )
     proc, cgroups = world.at("proc"), world.at("sys/fs/cgroup")
@@ -292,7 +297,9 @@ def swaps(world: World) -> tuple[Swap, ...] | Unknown:
     if isinstance(text, Unknown):
         return text
     rows = [line.split() for line in text.splitlines()[1:]]
-    return tuple(Swap(row[0], row[1], int(row[2]) * 1024) for row in rows if len(row) >= 3)
+    return tuple(
+        Swap(row[0], row[1], max(0, _number(row[2])) * 1024) for row in rows if len(row) >= 3
+    )
 
 
 # --- software -----------------------------------------------------------------------------------
@@ -341,19 +348,3 @@ def _doubles() -> list[str]:
                 owners.setdefault(file, set()).add(name)
     found = [f"{n} {' and '.join(sorted(v))}" for n, v in versions.items() if len(v) > 1]
     return found + [" and ".join(sorted(names)) for names in owners.values() if len(names) > 1]
-
-
-# --- processor ----------------------------------------------------------------------------------
-
-
-def processor(world: World) -> Processor:
-    """What the first core of /proc/cpuinfo is and can do; empty where it does not say."""
-    text = _text(world.at("proc/cpuinfo"))
-    first = text.partition("\n\n")[0] if isinstance(text, str) else ""
-    pairs = (line.partition(":") for line in first.splitlines())
-    fields = {key.strip(): value.strip() for key, _, value in pairs}
-    flags = fields.get("flags") or fields.get("Features") or ""
-    model = fields.get("model name") or fields.get("Model") or ""
-    if not model and "CPU part" in fields:
-        model = f"this processor (part {fields.get('CPU implementer')}:{fields['CPU part']})"
-    return Processor(platform.machine() if world.live else "", model, frozenset(flags.split()))

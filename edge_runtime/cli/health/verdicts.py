@@ -379,7 +379,12 @@ def models(fact: tuple[Socket, Daemon | None]) -> Finding:
 
 # --- backends -----------------------------------------------------------------------------------
 
-_CAUSES: dict[Cause, Verdict] = {"ok": "pass", "version_locked": "warn", "missing_package": "skip"}
+_CAUSES: dict[Cause, Verdict] = {
+    "ok": "pass",
+    "version_locked": "warn",
+    "not_on_accelerator": "warn",  # some devices run only what was made for them
+    "missing_package": "skip",
+}
 
 
 def backend(fact: Diagnosis) -> Finding:

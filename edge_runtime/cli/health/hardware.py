@@ -1,0 +1,218 @@
+"""The machine's profile, its accelerators, and whether the daemon may and can use them.
+
+Law of this file: which board this is and what is missing of it is found out and judged by
+`device_profiles`; here its findings become lines of the report, and its choices of backends become
+probes to run. Reads only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from device_profiles import checking, loading, matching, probe
+from device_profiles.checking import Seen, User
+from device_profiles.loading import Resolved
+from device_profiles.schema import Machine, ProfileError
+from device_profiles.versions import satisfies
+from edge_runtime.backends.diagnosis import Processor
+from edge_runtime.cli.health import Check
+from edge_runtime.cli.health.facts import World
+
+DROP_IN = "docs/install.md has the drop-in (PrivateDevices=no, DeviceAllow=...)"
+
+
+class Attempt(NamedTuple):
+    """A probe that the profile asks for."""
+
+    name: str  # of the line: "openvino on npu"
+    probe: str  # of backends.probe.PROBES
+    options: Mapping[str, Any]
+    device_class: str
+
+
+class Hardware(NamedTuple):
+    """The machine, its profile with add-ons, and what was seen of each accelerator."""
+
+    machine: Machine
+    chosen: matching.Verdict
+    profile: Resolved | None
+    seen: dict[str, Seen]
+    strangers: tuple[tuple[str, str, str], ...]  # title, node, profile that knows it
+    broken: tuple[ProfileError, ...]  # profiles that cannot be read
+    user: User | None  # whose permissions count
+    hidden: tuple[str, ...]  # nodes that the daemon does not see
+
+
+def look(world: World) -> Hardware:
+    """Detect the board and look at its accelerators."""
+    machine = probe.describe(world.root)
+    own = world.at(loading.OWN)
+    profiles, broken = loading.load_all((own, loading.BUILT_IN))
+    chosen = matching.choose(machine, profiles)
+    resolved = None
+    if chosen.board is not None:
+        resolved = loading.compose(chosen.board.resolved, (one.resolved for one in chosen.addons))
+    accelerators = resolved.profile.accelerators if resolved else {}
+    seen = {
+        name: checking.look(accelerator, machine, world.root)
+        for name, accelerator in accelerators.items()
+    }
+    return Hardware(
+        machine,
+        chosen,
+        resolved,
+        seen,
+        tuple(_strangers(profiles, machine, world, seen)),
+        tuple(broken),
+        _user(world),
+        tuple(_hidden(world, seen)),
+    )
+
+
+def processor(machine: Machine) -> Processor:
+    """The machine's processor, as diagnoses want it."""
+    parts = " and ".join(f"a core of part {one.part}" for one in machine.clusters)
+    return Processor(machine.arch, machine.cpu_model or parts, frozenset(machine.cpu_flags))
+
+
+def attempts(hardware: Hardware) -> list[Attempt]:
+    """Each backend on each accelerator that is there, as the profile would use it. A choice without
+    options asks for no device: what runs on an Edge TPU is said by the model, which a tiny one is
+    not made for.
+    """
+    if hardware.profile is None:
+        return []
+    there = checking.available(hardware.profile.profile, hardware.seen)
+    return [
+        Attempt(
+            f"{choice.backend} on {choice.accelerator}",
+            choice.backend,
+            choice.options,
+            choice.device_class,
+        )
+        for choice in hardware.profile.profile.backends
+        if choice.accelerator in there and choice.options
+    ]
+
+
+def locks(hardware: Hardware, backend: str, version: str) -> str:
+    """The profile's version lock that a backend does not keep; "": it keeps it, or has none."""
+    if hardware.profile is None or not version:
+        return ""
+    mine = [one.versions for one in hardware.profile.profile.backends if one.backend == backend]
+    broken = [lock for lock in mine if not satisfies(version, lock)]
+    # One choice that allows it is enough: the others are for other accelerators.
+    return broken[0] if broken and len(broken) == len(mine) else ""
+
+
+def checks(hardware: Hardware) -> list[Check]:
+    """The lines of the groups `profile` and `accelerators`."""
+    lines = [_profile(hardware)]
+    lines += [
+        Check("profile", "files", "warn", str(error.message), f"correct {error.where}")
+        for error in hardware.broken
+    ]
+    if hardware.profile is not None:
+        for found in checking.compare(
+            hardware.profile, hardware.machine, hardware.seen, hardware.user
+        ):
+            if found.what != "match":  # said in the profile's own line
+                lines.append(_line(found))
+    lines += [
+        Check(
+            "accelerators",
+            node,
+            "fail",
+            "the daemon does not see it: its unit hides devices",
+            DROP_IN,
+        )
+        for node in hardware.hidden
+    ]
+    lines += [
+        Check(
+            "accelerators",
+            node,
+            "skip",
+            f"{title} is there, but this machine's profile does not use it",
+            f"`edge-runtime profile show {profile}` shows a profile that does",
+        )
+        for title, node, profile in hardware.strangers
+    ]
+    if not hardware.seen and not hardware.strangers:
+        lines.append(Check("accelerators", "any", "skip", "none is there: models run on the CPU"))
+    return lines
+
+
+def _profile(hardware: Hardware) -> Check:
+    board = hardware.chosen.board
+    if board is None:
+        return Check(
+            "profile",
+            "detected",
+            "warn",
+            matching.FALLBACK,
+            "the daemon's defaults are used; `edge-runtime profile learn` measures better ones",
+        )
+    name = " with ".join(
+        [
+            board.resolved.profile.name,
+            *(one.resolved.profile.name for one in hardware.chosen.addons),
+        ]
+    )
+    why = "; ".join(reason.text for reason in board.reasons)
+    return Check("profile", "detected", "pass", f"{name}: {why}")
+
+
+def _line(found: checking.Finding) -> Check:
+    group, _, rest = found.what.partition(".")
+    if group == "accelerators":
+        return Check("accelerators", rest.partition(".")[0], found.state, found.text, found.remedy)
+    return Check("profile", found.what, found.state, found.text, found.remedy)
+
+
+def _strangers(
+    profiles: list[Resolved], machine: Machine, world: World, seen: Mapping[str, Seen]
+) -> list[tuple[str, str, str]]:
+    """Accelerators that only other profiles know, one line for each node."""
+    known = {node.path for one in seen.values() for node in one.nodes}
+    found: dict[str, tuple[str, str, str]] = {}
+    for resolved in profiles:
+        for accelerator in resolved.profile.accelerators.values():
+            one = checking.look(accelerator, machine, world.root)
+            if one.nodes and one.present and one.nodes[0].path not in known:
+                path = one.nodes[0].path
+                found.setdefault(path, (accelerator.title, path, resolved.profile.name))
+    return list(found.values())
+
+
+def _user(world: World) -> User | None:
+    """The daemon's user, else the one who asks. None: it cannot be known."""
+    if world.daemon_pid:
+        return user_of(world, world.daemon_pid)
+    return User("this user", os.geteuid(), frozenset({os.getegid(), *os.getgroups()}))
+
+
+def user_of(world: World, pid: int) -> User | None:
+    """Whose permissions a process has, from /proc."""
+    try:
+        text = world.at(f"proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    fields = {line.partition(":")[0]: line.partition(":")[2].split() for line in text.splitlines()}
+    uid, gid = int(fields["Uid"][1]), int(fields["Gid"][1])
+    return User(
+        f"the daemon's user ({uid})", uid, frozenset({gid, *map(int, fields.get("Groups", ()))})
+    )
+
+
+def _hidden(world: World, seen: Mapping[str, Seen]) -> list[str]:
+    """Nodes that are there, but not in the daemon's own view of the file system."""
+    if not world.daemon_pid:
+        return []
+    view = world.at(f"proc/{world.daemon_pid}/root")
+    if not os.access(view, os.X_OK):
+        return []  # only root and the daemon's user may look through its eyes
+    paths = [node.path for one in seen.values() for node in one.nodes]
+    return [path for path in paths if not (view / path.lstrip("/")).exists()]
