@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import msgspec
 
+from edge_runtime.backends.placement import fallen_back
 from edge_runtime.backends.probe import PROBES, Answer, Probe
 
 # The tiny models' answers are small integers, which every float format holds: any difference is
@@ -72,10 +73,12 @@ class Wanted(msgspec.Struct, frozen=True):
 
     Attributes:
         device_class: "cpu", or where it had to run.
+        options: with which it was probed.
         locked: the version lock that the library does not satisfy; empty: it does, or has none.
     """
 
     device_class: str = "cpu"
+    options: Mapping[str, Any] = {}
     locked: str = ""
 
 
@@ -108,14 +111,16 @@ def probe_of(name: str) -> Probe:
 
 # --- the words of others ------------------------------------------------------------------------
 
-# numpy 2 with a module built for numpy 1 (numpy's own notice, and what tflite-runtime 2.14 raises
-# at the first Interpreter); numpy 1 with a module built for numpy 2.
-_CLASH: tuple[str, ...] = (
+# numpy 2 with a module built for numpy 1 (numpy's own notice; what tflite-runtime 2.14 raises at
+# the first Interpreter; what our backend makes of it); numpy 1 with a module built for numpy 2.
+_CLASH = (
     "compiled using NumPy 1.x",
     "_ARRAY_API not found",
     "core.multiarray failed to import",
+    "numpy.core._multiarray_umath failed to import",
+    "numpy.dtype size changed",
+    "does not work with numpy",
 )
-_CLASH += ("numpy.core._multiarray_umath failed to import", "numpy.dtype size changed")
 # The dynamic linker's messages (glibc, elf/dl-load.c and elf/dl-version.c).
 _NO_LIBRARY = re.compile(r"(lib[\w.+-]+): cannot open shared object file")
 _OTHER_BUILD = {
@@ -243,6 +248,12 @@ def _signal(outcome: Outcome, _: Processor, __: Wanted) -> Diagnosis | None:
 def _no_answer(outcome: Outcome, _: Processor, __: Wanted) -> Diagnosis | None:
     if outcome.answer is not None:
         return None
+    if "No module named 'edge_runtime" in outcome.stderr:
+        return Diagnosis(
+            "no_answer",
+            "was not tried: a program started by this Python does not find edge_runtime",
+            "pip install edge-runtime, or name the checkout in PYTHONPATH; workers need it too",
+        )
     last = (outcome.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
     return Diagnosis(
         "no_answer",
@@ -344,14 +355,12 @@ def _wrong_answer(outcome: Outcome, _: Processor, wanted: Wanted) -> Diagnosis |
 
 def _not_on_accelerator(outcome: Outcome, _: Processor, wanted: Wanted) -> Diagnosis | None:
     assert outcome.answer is not None
-    if wanted.device_class == "cpu":
-        return None
-    devices = sorted({place.device for place in outcome.answer.placement})
-    if any(device.upper() != "CPU" for device in devices):
+    found = fallen_back(wanted.device_class, wanted.options, outcome.answer.placement)
+    if found is None:
         return None
     return Diagnosis(
         "not_on_accelerator",
-        f"runs on the CPU instead of the {wanted.device_class}, without an error",
+        f"answers rightly and without an error, but {found.reason}",
         "check the driver and its firmware (`dmesg`), and that the library has its plug-in",
     )
 

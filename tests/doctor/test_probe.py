@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -201,6 +202,11 @@ def test_a_provider_that_is_not_there_says_so() -> None:
     assert "QNN" in found.summary and found.remedy
 
 
+def test_the_document_names_every_cause() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "doctor.md").read_text()
+    assert [cause for cause in get_args(diagnosis.Cause) if f"`{cause}`" not in page] == []
+
+
 # --- verdicts that need no process ----------------------------------------------------------------
 
 
@@ -229,7 +235,7 @@ def test_falling_back_to_the_cpu_is_no_success() -> None:
     on_cpu = answered(placement=(probe.Placement("CPU", "CPUExecutionProvider", 2),))
     found = diagnosis.diagnose(on_cpu, PI_4, diagnosis.Wanted(device_class="npu"))
     assert found.cause == "not_on_accelerator"
-    on_npu = answered(placement=(probe.Placement("NPU", "AUTO", 2), probe.Placement("CPU")))
+    on_npu = answered(placement=(probe.Placement("NPU", "QNN", 2),))
     assert diagnosis.diagnose(on_npu, PI_4, diagnosis.Wanted(device_class="npu")).cause == "ok"
 
 
@@ -259,6 +265,43 @@ def test_tflite_runtime_with_numpy_2_is_recognised_by_what_it_really_raises() ->
     found = diagnosis.diagnose(outcome, PI_4)
     assert found.cause == "numpy_clash"
     assert "numpy 2.4.6" in found.summary and "numpy<2" in found.remedy
+
+
+def test_tflite_runtime_with_numpy_2_names_the_clash_and_both_ways_out(tmp_path: Path) -> None:
+    if int(np.__version__.partition(".")[0]) < 2:
+        pytest.skip("numpy 1 is installed, which tflite-runtime works with")
+    environment = fake(tmp_path, "tflite_runtime", "__version__ = '2.14.0'\n")
+    (tmp_path / "tflite_runtime" / "interpreter.py").write_text(
+        "class Interpreter:\n"
+        "    def __init__(self, **_):\n"
+        "        raise ImportError('numpy.core.multiarray failed to import')\n"
+        "OpResolverType = load_delegate = None\n"
+    )
+    found = tried("tflite-runtime", environment=environment)
+    assert found.cause == "numpy_clash", found
+    assert f"numpy {np.__version__}" in found.summary
+    assert "numpy<2" in found.remedy and "ai-edge-litert" in found.remedy
+
+
+def test_a_checkout_that_is_not_installed_is_no_fault_of_the_library() -> None:
+    words = [sys.executable, "-S", "-P", "-m", "edge_runtime.backends.probe", "reference"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=False, env={"PATH": ""}, timeout=30
+    )
+    outcome = Outcome(name="reference", exit_code=done.returncode, stderr=done.stderr)
+    found = diagnosis.diagnose(outcome, PI_4)
+    assert found.cause == "no_answer" and "PYTHONPATH" in found.remedy, found
+
+
+def test_openvinos_auto_that_goes_to_the_cpu_is_noticed() -> None:
+    pytest.importorskip("openvino", reason="asks OpenVINO for an NPU first")
+    if Path("/dev/accel/accel0").exists():
+        pytest.skip("this machine may have an NPU")
+    options = {"device": "AUTO:NPU,CPU"}
+    outcome = probing.probe("openvino", options)
+    found = diagnosis.diagnose(outcome, PI_4, diagnosis.Wanted("npu", options))
+    assert found.cause == "not_on_accelerator", found
+    assert "NPU was asked for" in found.summary
 
 
 def test_a_wrong_command_line_is_refused() -> None:

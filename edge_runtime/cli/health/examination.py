@@ -187,5 +187,6 @@ def _diagnosed(one: Attempt, outcome: diagnosis.Outcome, board: Any) -> Diagnosi
         return diagnosis.diagnose(outcome, diagnosis.Processor())
     version = outcome.answer.version if outcome.answer else ""
     backend = diagnosis.probe_of(one.probe).backend
-    wanted = diagnosis.Wanted(one.device_class, hardware.locks(board, backend, version))
+    lock = hardware.locks(board, backend, version)
+    wanted = diagnosis.Wanted(one.device_class, one.options, lock)
     return diagnosis.diagnose(outcome, hardware.processor(board.machine), wanted)
