@@ -128,11 +128,10 @@ class Loader:
             ModelError: it takes too long.
             EdgeError: what it or its template failed of.
         """
-        template = self._parts.templates.get(worker.spec.backend)
         limit_s = self._parts.worker_config.load_time_max_s
         try:
             async with asyncio.timeout(limit_s):
-                await template.fork(worker)
+                await self._parts.templates.fork(worker)
                 report = await asyncio.shield(worker.ready)
         except TimeoutError:
             spec = worker.spec
@@ -141,7 +140,6 @@ class Loader:
                 where=f"{spec.model}@{spec.version} variant {spec.variant}",
                 remedy="raise load_time_max_s if this device compiles models",
             ) from None
-        worker.backend_version = template.version
         return report
 
     async def _check_memory(self, worker: WorkerProcess, stated_bytes: int, asked: bool) -> None:

@@ -374,11 +374,19 @@ class Template:
         theirs.close()
         self.started_ns = clock.monotonic_ns()
         self._limit = loop.call_later(IMPORT_S_MAX, self._import_hangs)
+        self._spoken_for = False
         reaper.watch(self.pid, self._end)
 
     @property
     def alive(self) -> bool:
         return not self.ended.done()
+
+    def take(self) -> bool:
+        """Claim a worker of it, once it is ready; False: it makes only one, which is another's."""
+        if self.ready.result().fork_safe:
+            return True
+        first, self._spoken_for = not self._spoken_for, True
+        return first
 
     def _import_hangs(self) -> None:
         """The next load shall find a new process, not this one."""
@@ -388,13 +396,11 @@ class Template:
             os.kill(self.pid, signal.SIGKILL)
 
     async def fork(self, worker: WorkerProcess) -> None:
-        """Make `worker` a process.
+        """Make `worker` a process, once the template is ready and taken.
 
         Raises:
             BackendError: the template has died, or the system has no process to give.
         """
-        worker.phase = "import"
-        await asyncio.shield(self.ready)  # within IMPORT_S_MAX, or it ends
         self._tokens += 1
         token = self._tokens
         order: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -430,7 +436,15 @@ class Template:
         elif isinstance(message, channel.Failed):
             self._failure = message.error
         elif isinstance(message, channel.Forked):
+            if message.pid == self.pid:
+                self._become()
             self._forked(message, *self._orders.pop(message.token))
+
+    def _become(self) -> None:
+        """It is a worker from now on: whoever watches that learns of its end."""
+        self._line.close()
+        self._limit.cancel()
+        self.ended.set_result(Death(Cause.STOPPED, "became a worker"))
 
     def _forked(
         self, message: channel.Forked, order: asyncio.Future[None], worker: WorkerProcess
@@ -496,7 +510,29 @@ class Templates:
         self._clock = clock
         self._templates: dict[str, Template] = {}
 
-    def get(self, backend: str) -> Template:
+    async def fork(self, worker: WorkerProcess) -> None:
+        """Make `worker` a process, by the template of its backend.
+
+        Raises:
+            BackendError: the template dies, or the system has no process to give.
+        """
+        worker.phase = "import"
+        while True:
+            template = self._get(worker.spec.backend)
+            await asyncio.shield(template.ready)  # within IMPORT_S_MAX, or it ends
+            if template.take():
+                break
+            self._forget(template)  # it becomes another's worker
+        worker.backend_version = template.version
+        await template.fork(worker)
+        if not template.alive:
+            self._forget(template)  # it became this one
+
+    def _forget(self, template: Template) -> None:
+        if self._templates.get(template.backend) is template:
+            del self._templates[template.backend]
+
+    def _get(self, backend: str) -> Template:
         """The living template of a backend; started now if there is none."""
         template = self._templates.get(backend)
         if template is None or not template.alive:

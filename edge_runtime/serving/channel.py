@@ -35,7 +35,10 @@ class Fork(msgspec.Struct, frozen=True, tag="fork"):
 
 
 class Forked(msgspec.Struct, frozen=True, tag="forked"):
-    """Template to supervisor: the worker's process id (0: fork failed, `reason` says why)."""
+    """Template to supervisor: the worker's process id (0: fork failed, `reason` says why).
+
+    The template's own: it is the worker from now on, and this is its last message as a template.
+    """
 
     token: int
     pid: int
@@ -47,7 +50,7 @@ class TemplateReady(msgspec.Struct, frozen=True, tag="template_ready"):
 
     version: str
     import_ms: float
-    fork_safe: bool = True
+    fork_safe: bool = True  # false: it makes one worker, by becoming it
 
 
 class Phase(msgspec.Struct, frozen=True, tag="phase"):

@@ -4,11 +4,14 @@ Law of this file: it never loads a user's model, opens no file of a user, holds 
 its channel, and keeps no thread of its making: what is forked from a process with threads may wait
 for ever for a lock that one of them held. Started by the supervisor as
 `python -m edge_runtime.serving.template BACKEND` with the channel as descriptor 3; ends when the
-channel does. If the library dies at import, it is this
-process that dies, and the supervisor knows which library it was.
+channel does. If the library dies at import, it is this process that dies, and the supervisor knows
+which library it was.
 
-A worker is forked twice over, so that it becomes a child of the supervisor (which is a subreaper):
-the supervisor alone then learns how every worker ended.
+Where the backend says that its library does not survive a fork, or its import has left a thread,
+the template becomes the one worker that it is asked for; the next one gets a fresh process.
+
+A fork is made twice over, so that the worker becomes a child of the supervisor (which is a
+subreaper): the supervisor alone then learns how every worker ended.
 """
 
 from __future__ import annotations
@@ -56,11 +59,16 @@ def main(name: str) -> int:
     # workers.
     gc.collect()
     gc.freeze()
-    channel.send(control, channel.TemplateReady(version, import_ms, backend.fork_safe))
+    may_fork = backend.fork_safe and threads() == 1
+    channel.send(control, channel.TemplateReady(version, import_ms, may_fork))
     while True:
         message, fds = channel.receive(control)
         if not isinstance(message, channel.Fork):
             return 0  # Stop, or the supervisor is gone
+        if not may_fork:
+            channel.send(control, channel.Forked(message.token, os.getpid()))
+            control.close()
+            return _worker(backend, fds)
         _fork(backend, control, message, fds)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.backends.reference import tiny
+from edge_runtime.daemon.processes import SINGLE_THREADED
 from edge_runtime.errors import BundleError
 from edge_runtime.serving import channel, page, process, sandbox
 from edge_runtime.serving import template as template_process
@@ -129,7 +130,7 @@ class Template:
         self.pid = os.posix_spawn(
             sys.executable,
             [sys.executable, "-m", "edge_runtime.serving.template", backend],
-            os.environ,
+            {**os.environ, **SINGLE_THREADED},
             file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), channel.TEMPLATE_FD)],
         )
         theirs.close()

@@ -14,6 +14,8 @@ NAMES = {
     "dies-once": "odd_dies_once:Backend",
     "burglar": "odd_burglar:Backend",
     "careless": "odd_careless:Backend",
+    "unforkable": "odd_unforkable:Backend",
+    "threaded": "odd_unforkable:Threaded",
 }
 BACKENDS.update(NAMES)
 BACKEND_FORMATS.update(dict.fromkeys(NAMES, ("reference",)))
