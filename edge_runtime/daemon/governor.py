@@ -129,9 +129,13 @@ class Governor:
         return governing.heat(self._ladder, hottest_c, bool(self._reading.throttled))
 
     def _short(self) -> float | None:
-        pressures = self._reading.pressure
-        known = [pressures["memory"]] if "memory" in pressures else []
-        return governing.pressure(known, self._reading.struck, self._config.memory_pressure_percent)
+        reading = self._reading
+        return governing.shortage(
+            reading.pressure.get("memory"),
+            reading.available_ratio,
+            reading.struck,
+            self._config.memory_pressure_percent,
+        )
 
     def _step(self, ladder: LadderName, rungs: Rungs, value: float | None, now_s: float) -> Rungs:
         state, move = governing.decide(rungs.state, value, rungs.rungs, rungs.timing, now_s)
@@ -220,7 +224,8 @@ class Governor:
         """Once, at the start: what is watched, and what of the ladder is not on this machine."""
         steps = self._ladder.steps
         zones = ", ".join(reading.zones) or "no thermal zone"
-        memory = "memory pressure" if "memory" in reading.pressure else "no memory pressure"
+        memory = "no memory" if reading.available_ratio is None else "available memory"
+        memory = "memory pressure" if "memory" in reading.pressure else memory
         ladder = f"{len(steps)} steps" if steps else "no ladder"
         self._events.emit("governor_began", f"watches {zones} ({ladder}) and {memory}")
         if steps and not reading.zones:
@@ -264,6 +269,9 @@ class Governor:
             return f"nothing could be read for {governing.BLIND_S:g} s"
         if ladder == "memory":
             struck = ", the memory limit was met" if self._reading.struck else ""
+            available = self._reading.available_ratio
+            if available is not None:
+                return f"{available:.1%} of the memory is available{struck}"
             return f"pressure {value:.1f} %{struck}"
         slowed = f", {', '.join(self._reading.throttled)}" if self._reading.throttled else ""
         zones = {zone: one.celsius for zone, one in self._zones.items() if one.celsius is not None}
@@ -297,6 +305,7 @@ class Governor:
             "notes": list(reading.notes),
             "clock_limit_share": reading.clock_share,
             "pressure_percent": reading.pressure,
+            "memory_available_ratio": reading.available_ratio,
             "heat": self._describe("heat", self._heat) | {"limits": self.limits._asdict()},
             "memory": self._describe("memory", self._memory),
             "ladder": msgspec.to_builtins(self._ladder),

@@ -60,9 +60,10 @@ class Reading(NamedTuple):
     # machine and cgroup
     struck: bool  # our cgroup ran into its memory limit since the last look
     clock_share: float | None  # lowest limit of a processor's clock, of what its hardware can do
+    available_ratio: float | None  # of the machine's memory; asked where there is no pressure only
 
 
-NOTHING = Reading({}, (), (), {}, False, None)
+NOTHING = Reading({}, (), (), {}, False, None, None)
 
 
 class Sensors:
@@ -91,14 +92,16 @@ class Sensors:
         throttled += [FIRMWARE_BITS[bit] for bit in FIRMWARE_HEAT if bits >> bit & 1]
         if self._grown("throttling", sum(_number(path) or 0 for path in places.counters)):
             throttled.append("thermal throttling counted by the processor")
+        pressure = _pressure(places.pressure)
         notes = [FIRMWARE_BITS[bit] for bit in (0, 1) if bits >> bit & 1]
         return Reading(
             {name: _number(path) for name, path in places.zones.items()},
             tuple(throttled),
             tuple(notes),
-            _pressure(places.pressure),
+            pressure,
             self._grown("struck", sum(_events(path) for path in places.events)),
             _clock_share(places.clocks),
+            None if "memory" in pressure else _available(f"{self._root}/proc/meminfo"),
         )
 
     def _merged(self, found: Places) -> Places:
@@ -239,6 +242,15 @@ def _avg10(path: str) -> float | None:
     except ValueError:
         return None
     return value if 0 <= value <= 100 else None
+
+
+def _available(path: str) -> float | None:
+    """MemAvailable of MemTotal."""
+    fields = {line[0]: line[1] for line in map(str.split, _text(path).splitlines()) if line[1:]}
+    total, free = fields.get("MemTotal:", ""), fields.get("MemAvailable:", "")
+    if not (total.isdigit() and free.isdigit() and 0 < int(total) >= int(free)):
+        return None
+    return int(free) / int(total)
 
 
 def _clock_share(clocks: Sequence[tuple[str, str]]) -> float | None:

@@ -225,6 +225,10 @@ def heat_rungs(ladder: Ladder) -> tuple[Rung, ...]:
 
 # --- memory ---------------------------------------------------------------------------------------
 
+# Where the kernel tells no pressure, less of the machine's memory than this is a shortage: the page
+# cache that programs run from is being thrown away. From the second on it is over.
+AVAILABLE_SHORT, AVAILABLE_CALM = 0.05, 0.10
+
 
 class Relief(StrEnum):
     """What is given up for memory, one more with each step."""
@@ -245,13 +249,26 @@ def reliefs(step: int) -> tuple[Relief, ...]:
     return tuple(Relief)[:step]
 
 
-def pressure(percents: Sequence[float], struck: bool, threshold_percent: float) -> float | None:
-    """The value that decides: the highest pressure (PSI some avg10), in percent; None: unknown.
+def shortage(
+    pressure_percent: float | None,
+    available_ratio: float | None,
+    struck: bool,
+    threshold_percent: float,
+) -> float | None:
+    """The value that decides, in percent of the time; None: unknown.
 
     Args:
-        struck: the cgroup ran into its limits since the last reading.
+        pressure_percent: PSI some avg10; None: the kernel does not tell. Then what is available
+            stands for it: short of memory, calm, or in between, where nothing moves.
+        available_ratio: of the machine's memory, 0 to 1.
+        struck: our cgroup ran into its limits since the last reading.
     """
-    value = max(percents, default=None)
+    value = pressure_percent
+    if value is None and available_ratio is not None:
+        if available_ratio < AVAILABLE_SHORT:
+            value = threshold_percent
+        else:
+            value = 0.0 if available_ratio > AVAILABLE_CALM else 0.75 * threshold_percent
     return max(threshold_percent, value or 0.0) if struck else value
 
 

@@ -6,10 +6,12 @@ import itertools
 import math
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device_profiles.ladder import Ladder, Step, Zone
+from device_profiles.loading import load, names
 from edge_runtime.serving import governing
 from edge_runtime.serving.governing import Cause, Limits, Rung, State, Timing
 
@@ -49,6 +51,17 @@ def test_a_hot_episode_takes_each_step_once_down_and_once_up():
         moves, state = play(episode(1.5, seed))
         assert [move.step for _, move in moves] == [1, 2, 3, 2, 1, 0]
         assert state.step == 0
+
+
+@pytest.mark.parametrize("board", [name for name in names() if load(name).profile.thermal.steps])
+def test_every_board_s_ladder_rides_a_hot_episode_without_flapping(board: str) -> None:
+    ladder = load(board).profile.thermal
+    depth = len(ladder.steps)
+    hot = episode(1.5, board, peak_c=ladder.steps[-1].enter_c + 6)
+    timing = Timing(ladder.down_s, ladder.up_s)
+    moves, _ = play(hot, rungs=governing.heat_rungs(ladder), timing=timing)
+    down, up = list(range(1, depth + 1)), list(range(depth - 1, -1, -1))
+    assert [move.step for _, move in moves] == down + up
 
 
 def test_a_single_glitch_takes_no_step():
@@ -200,10 +213,18 @@ def test_pressure_that_lasts_gives_up_one_thing_after_the_other():
 
 
 def test_a_cgroup_at_its_limit_is_pressure_whatever_the_figures_say():
-    assert governing.pressure([0.5, 3.0], False, 10) == 3.0
-    assert governing.pressure([0.5], True, 10) == 10
-    assert governing.pressure([], True, 10) == 10
-    assert governing.pressure([], False, 10) is None
+    assert governing.shortage(3.0, None, False, 10) == 3.0
+    assert governing.shortage(0.5, None, True, 10) == 10
+    assert governing.shortage(None, None, True, 10) == 10
+    assert governing.shortage(None, None, False, 10) is None
+
+
+def test_without_pressure_the_available_memory_says_short_calm_or_neither():
+    (rung, *_) = governing.memory_rungs(10, refuse=False)
+    assert governing.shortage(None, 0.04, False, 10) >= rung.enter
+    assert rung.leave <= governing.shortage(None, 0.07, False, 10) < rung.enter
+    assert governing.shortage(None, 0.11, False, 10) < rung.leave
+    assert governing.shortage(0.0, 0.01, False, 10) == 0.0
 
 
 # --- what holds -----------------------------------------------------------------------------------

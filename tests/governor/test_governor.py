@@ -212,6 +212,20 @@ def test_memory_that_is_short_costs_warm_versions_then_idle_models(world: World)
     assert [one["reason"] for one in world.named("governor_step")][3:] == ["calm"] * 3
 
 
+def test_a_kernel_without_pressure_is_watched_by_its_available_memory(world: World) -> None:
+    a, b = world.models
+    a.warm = b.warm = Worker()
+    governor = world.govern()
+    (world.machine.root / "proc/pressure/memory").unlink()
+    world.machine.write("proc/meminfo", "MemTotal: 1000 kB\nMemAvailable: 30 kB\n")
+    world.look(governor, 4)
+    assert a.log == b.log == ["cool"]
+    assert "3.0% of the memory is available" in world.events[-1].message
+    world.machine.write("proc/meminfo", "MemTotal: 1000 kB\nMemAvailable: 300 kB\n")
+    world.look(governor, 40)
+    assert [one["reason"] for one in world.named("governor_step")] == ["pressure", "calm"]
+
+
 def test_models_that_nobody_asks_for_go_one_at_a_time_the_longest_unused_first(
     world: World,
 ) -> None:

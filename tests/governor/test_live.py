@@ -118,6 +118,16 @@ def test_a_hot_device_holds_back_says_why_and_lets_go(tmp_path: Path) -> None:
         assert [one["fields"]["step"] for one in daemon.events("governor_step")] == [1, 2, 1, 0]
 
 
+def test_the_ladder_comes_from_the_profile(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.zone(0, "cpu-thermal", 77)
+    governor = {"interval_s": 0.05, "root": str(tmp_path)}
+    with running({"governor": governor, "profile": "raspberry-pi-4"}) as daemon:
+        world = Played(daemon, machine)
+        until(lambda: world.heat()["step"] == 1, "the first step of a Raspberry Pi 4")
+        assert world.heat()["given_up"] == ["models run 75% of the time"]
+
+
 def test_at_a_share_of_the_time_a_busy_model_answers_that_share(tmp_path: Path) -> None:
     """A client that does as it is told gets every answer, but the model runs 5 % of the time."""
     with played(tmp_path) as world:
@@ -171,7 +181,7 @@ def test_without_a_thermal_zone_it_says_so_once_and_serves(
     daemon.add("m")
     assert daemon.infer("m") == 7.0
     (event,) = daemon.events("governor_began")
-    assert event["message"] == "watches no thermal zone (no ladder) and no memory pressure"
+    assert event["message"] == "watches no thermal zone (no ladder) and no memory"
     daemon.stop()
 
 

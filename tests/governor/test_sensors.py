@@ -60,7 +60,7 @@ def test_a_zone_that_vanishes_is_silent_and_one_that_comes_is_found(machine: Mac
 
 
 def test_a_machine_without_anything_is_an_empty_reading(tmp_path: Path) -> None:
-    assert Sensors(str(tmp_path), ("*",)).read(0) == Reading({}, (), (), {}, False, None)
+    assert Sensors(str(tmp_path), ("*",)).read(0) == Reading({}, (), (), {}, False, None, None)
 
 
 def test_files_that_cannot_be_read_are_absent(machine: Machine) -> None:
@@ -122,6 +122,24 @@ def test_the_worse_pressure_of_machine_and_cgroup_counts(machine: Machine) -> No
 def test_pressure_that_makes_no_sense_is_none(machine: Machine, text: str) -> None:
     machine.write("proc/pressure/memory", text)
     assert read(machine).pressure == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "ratio"),
+    [
+        ("MemTotal: 1000 kB\nMemFree: 10 kB\nMemAvailable: 250 kB\n", 0.25),
+        ("MemTotal: 0 kB\nMemAvailable: 0 kB\n", None),
+        ("MemTotal: 1000 kB\n", None),
+        ("MemTotal: 10 kB\nMemAvailable: 20 kB", None),
+    ],
+)
+def test_where_the_kernel_tells_no_pressure_the_available_memory_is_read(
+    machine: Machine, text: str, ratio: float | None
+) -> None:
+    machine.write("proc/meminfo", text)
+    assert read(machine).available_ratio is None
+    (machine.root / "proc/pressure/memory").unlink()
+    assert read(machine).available_ratio == ratio
 
 
 def test_a_cgroup_at_its_limit_is_seen_when_it_happens(machine: Machine) -> None:
