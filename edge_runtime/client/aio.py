@@ -239,6 +239,7 @@ class AsyncClient:
         version: str = "",
         timeout_s: float | None = None,
         priority: int = 0,
+        routing_key: str = "",
         copy: bool = True,
     ) -> dict[str, Array]:
         """As `Client.infer`."""
@@ -249,6 +250,7 @@ class AsyncClient:
             version=version,
             timeout_s=timeout_s,
             priority=priority,
+            routing_key=routing_key,
             copy=copy,
         )
         return result.outputs
@@ -262,6 +264,7 @@ class AsyncClient:
         version: str = "",
         timeout_s: float | None = None,
         priority: int = 0,
+        routing_key: str = "",
         copy: bool = True,
     ) -> InferResult:
         """As `Client.infer_result`."""
@@ -270,7 +273,7 @@ class AsyncClient:
 
         async def work(connection: _Connection, deadline_ns: int) -> InferResult:
             return await self._infer_once(
-                connection, arrays, wanted, version, priority, deadline_ns, copy
+                connection, arrays, wanted, version, routing_key, priority, deadline_ns, copy
             )
 
         return await self._call(model, timeout_s, work)
@@ -285,6 +288,7 @@ class AsyncClient:
         version: str = "",
         timeout_s: float | None = None,
         priority: int = 0,
+        routing_key: str = "",
     ) -> AsyncIterator[dict[str, Array]]:
         """As `Client.infer_many`, on the shared connection; `inputs` may be asynchronous."""
         assert window >= 1
@@ -300,6 +304,7 @@ class AsyncClient:
                     version=version,
                     timeout_s=timeout_s,
                     priority=priority,
+                    routing_key=routing_key,
                 )
                 running.append(asyncio.create_task(call))
             while running:
@@ -396,6 +401,7 @@ class AsyncClient:
         arrays: Mapping[str, Array],
         wanted: tuple[str, ...],
         version: str,
+        routing_key: str,
         priority: int,
         deadline_ns: int,
         copy: bool,
@@ -403,7 +409,7 @@ class AsyncClient:
         key = (version, wanted, *[(n, a.shape, a.dtype) for n, a in arrays.items()])
         while True:
             draft, numbers = await self._place(connection, key, arrays, wanted)
-            header = draft.encode(connection.model, version, numbers)
+            header = draft.encode(connection.model, version, numbers, routing_key)
             try:
                 frame = await connection.request(
                     Kind.INFER,

@@ -18,6 +18,7 @@ from edge_runtime.wire import messages
 from edge_runtime.wire.messages import (
     InferRequest,
     RequestedOutput,
+    RequestParameters,
     TensorHeader,
     TensorParameters,
 )
@@ -54,14 +55,18 @@ class Draft(NamedTuple):
         found = [place[0] for *_, place in self.inputs if place]
         return list(dict.fromkeys([*found, *(arena for arena, _, _ in self.rooms.values())]))
 
-    def encode(self, model: str, version: str, numbers: Mapping[Arena, int]) -> bytes:
+    def encode(
+        self, model: str, version: str, numbers: Mapping[Arena, int], routing_key: str = ""
+    ) -> bytes:
         """The header. Raises RequestError when it is too long."""
         headers = tuple(
             TensorHeader(name, datatype, shape, _parameters(data, place, shape, datatype, numbers))
             for name, datatype, shape, data, place in self.inputs
         )
         outputs = tuple(RequestedOutput(name, self._room(name, numbers)) for name in self.outputs)
-        return messages.encode_header(InferRequest(model, headers, version, outputs))
+        parameters = RequestParameters(routing_key)
+        request = InferRequest(model, headers, version, outputs, parameters)
+        return messages.encode_header(request)
 
     def body(self) -> list[memoryview]:
         """The raw tensors that travel in the frame, in header order."""

@@ -51,6 +51,7 @@ INBOX_SIZE = 64 * 1024  # answers up to this size arrive in one receive
 _ID_AND_TIME = struct.Struct("<QQ")  # at 16 in the prefix
 _INFERRED = Kind.INFER | RESPONSE
 
+# Version, names of the outputs wanted, routing key; then name, shape, dtype (and place) of inputs.
 Key = tuple[Any, ...]
 
 
@@ -126,6 +127,7 @@ class Connection:
         inputs: Mapping[str, Array],
         outputs: tuple[str, ...],
         version: str,
+        routing_key: str,
         priority: int,
         copy: bool,
     ) -> InferResult:
@@ -135,7 +137,7 @@ class Connection:
             EdgeError: what the server answered.
             ConnectionClosedError, DeadlineError, MalformedError: and `busy` stays true.
         """
-        key: Key = (version, outputs)
+        key: Key = (version, outputs, routing_key)
         for name, array in inputs.items():  # quicker than a comprehension for a few inputs
             key += (name, array.shape, array.dtype)
         message = self._messages.get(key)
@@ -198,7 +200,7 @@ class Connection:
         """
         size = self._copied_bytes(inputs)
         if (
-            key in self._rooms
+            _unrouted(key) in self._rooms
             or (self._scratch is None and places != key)
             or size > PREPARED_BYTES_MAX
             or any(array.dtype.kind in "SUO" for array in inputs.values())
@@ -211,7 +213,7 @@ class Connection:
             return None
         if any(arena not in self._numbers for arena in draft.arenas()):
             return None
-        header = draft.encode(self._model, key[0], self._numbers)
+        header = draft.encode(self._model, key[0], self._numbers, key[2])
         body = b"".join(draft.body())
         prefix = frames.encode_prefix(Kind.INFER, len(header), len(body))
         data = bytearray(prefix + header + body)
@@ -249,7 +251,7 @@ class Connection:
             if not flight.draft.rooms:
                 raise
             # An output outgrew the place that the last answer suggested: let it travel.
-            self._rooms[key] = {}
+            self._rooms[_unrouted(key)] = {}
             flight = self.submit(deadline_ns, key, inputs, priority)
             return self.finish(flight, deadline_ns, copy)
 
@@ -262,7 +264,7 @@ class Connection:
         if not all(self._announce(arena, deadline_ns) for arena in draft.arenas()):
             self._scratch = None  # the server takes no regions: everything travels in frames
             draft = self._draft(key, inputs)
-        header = draft.encode(self._model, key[0], self._numbers)
+        header = draft.encode(self._model, key[0], self._numbers, key[2])
         request_id = self._start(Kind.INFER, header, draft.body(), deadline_ns, priority)
         return Flight(request_id, key, draft)
 
@@ -272,7 +274,7 @@ class Connection:
             key[1],
             own=self._own,
             scratch=self._scratch,
-            room_sizes=self._rooms.get(key, {}),
+            room_sizes=self._rooms.get(_unrouted(key), {}),
             shared_min_bytes=self._shared_min_bytes,
         )
 
@@ -334,6 +336,7 @@ class Connection:
 
     def _learn_rooms(self, key: Key, plan: codec.ResponsePlan) -> None:
         """Offer the next request like this one a place for each large output."""
+        key = _unrouted(key)
         if self._scratch is None or key in self._rooms:
             return
         large = codec.large_outputs(plan, self._shared_min_bytes)
@@ -440,6 +443,11 @@ class Connection:
         return ConnectionClosedError(
             f"the connection broke: {error.strerror or error}", where=self._where
         )
+
+
+def _unrouted(key: Key) -> Key:
+    """The kind of request, for whomever it is: outputs are as large for all of them."""
+    return (*key[:2], *key[3:])
 
 
 def _views(

@@ -123,6 +123,7 @@ class Client:
         version: str = "",
         timeout_s: float | None = None,
         priority: int = 0,
+        routing_key: str = "",
         copy: bool = True,
     ) -> dict[str, Array]:
         """The model's outputs for these inputs.
@@ -132,6 +133,9 @@ class Client:
             outputs: names of those wanted; None: all.
             version: a version counter as text; "": the active one.
             priority: 0 to 255; larger is served earlier.
+            routing_key: while two versions share the traffic (`edge-runtime split`), requests with
+                the same key (a user, a camera) are answered by the same one; at most 256
+                characters. "": each request is decided by its id.
             copy: false lets large outputs be views of shared memory: no copy. They are the
                 caller's for as long as it holds them; until then their memory is not reused. (But
                 shared memory is limited: who keeps many gets the later ones through the socket.)
@@ -147,6 +151,7 @@ class Client:
             version=version,
             timeout_s=timeout_s,
             priority=priority,
+            routing_key=routing_key,
             copy=copy,
         ).outputs
 
@@ -159,6 +164,7 @@ class Client:
         version: str = "",
         timeout_s: float | None = None,
         priority: int = 0,
+        routing_key: str = "",
         copy: bool = True,
     ) -> InferResult:
         """As `infer`, with the version that answered and the server's time."""
@@ -176,6 +182,7 @@ class Client:
             inputs,
             () if outputs is None else tuple(outputs),
             version,
+            routing_key,
             priority,
             copy,
         )
@@ -190,6 +197,7 @@ class Client:
         version: str = "",
         timeout_s: float | None = None,
         priority: int = 0,
+        routing_key: str = "",
     ) -> Iterator[dict[str, Array]]:
         """Outputs for each of `inputs`, in order, with up to `window` requests at the server.
 
@@ -200,7 +208,7 @@ class Client:
             As `infer`, at the request that it concerns; the iterator ends there.
         """
         assert window >= 1
-        key = (version, () if outputs is None else tuple(outputs))
+        key = (version, () if outputs is None else tuple(outputs), routing_key)
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         run = _Pipeline(self, model, key, timeout_s, priority)
         source = iter(inputs)
@@ -340,7 +348,7 @@ class _Pipeline:
         self,
         client: Client,
         model: str,
-        key: tuple[str, tuple[str, ...]],
+        key: tuple[str, tuple[str, ...], str],
         timeout_s: float,
         priority: int,
     ) -> None:

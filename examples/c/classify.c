@@ -2,9 +2,11 @@
  * its first output, which must be FP32.
  *
  *     cc -std=c99 -Wall -Wextra -O2 -o classify classify.c edge_client.c
- *     ./classify /run/edge-runtime/infer.sock fashion input FP32 1,1,28,28 image.f32 [--region]
+ *     ./classify /run/edge-runtime/infer.sock fashion input FP32 1,1,28,28 image.f32 \
+ *         [--region] [--key KEY]
  *
- * With --region input and output travel by shared memory.
+ * With --region input and output travel by shared memory; with --key, the same version answers all
+ * requests of that key while two share the traffic.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -68,11 +70,18 @@ int main(int argc, char **argv)
 {
     int64_t shape[EDGE_DIMENSIONS_MAX];
     if (argc < 7) {
-        fprintf(stderr, "usage: %s SOCKET MODEL INPUT DATATYPE SHAPE FILE [--region]\n", argv[0]);
+        fprintf(stderr, "usage: %s SOCKET MODEL INPUT DATATYPE SHAPE FILE [--region] [--key KEY]\n",
+                argv[0]);
         return 2;
     }
-    const char *model = argv[2];
-    int by_region = argc > 7 && !strcmp(argv[7], "--region");
+    const char *model = argv[2], *key = "";
+    int by_region = 0;
+    for (int i = 7; i < argc; i++) {
+        if (!strcmp(argv[i], "--region"))
+            by_region = 1;
+        else if (!strcmp(argv[i], "--key") && i + 1 < argc)
+            key = argv[++i];
+    }
     size_t room = (size_t)64 << 20;
     edge_client *client = edge_connect(argv[1]);
     if (!client) {
@@ -80,8 +89,8 @@ int main(int argc, char **argv)
         return 6;
     }
     void *memory = by_region ? NULL : malloc(room);
-    int result = EDGE_OK;
-    if (by_region)
+    int result = edge_routing_key(client, key);
+    if (!result && by_region)
         result = edge_region(client, model, 0, room, &memory, 5.0);
     edge_tensor input, wanted, outputs[EDGE_TENSORS_MAX];
     int outputs_count = EDGE_TENSORS_MAX;

@@ -38,6 +38,7 @@ struct edge_client {
     size_t body_size;
     void *regions[EDGE_REGIONS_MAX];
     size_t region_sizes[EDGE_REGIONS_MAX];
+    char routing_key[EDGE_NAME_MAX + 1];
     char error[512];
     char code[32];
     double retry_after_s;
@@ -497,11 +498,26 @@ int edge_region(edge_client *client, const char *model, int region, size_t size,
     return EDGE_OK;
 }
 
-static void write_request(text *to, const char *model, const edge_tensor *inputs, int inputs_count,
+int edge_routing_key(edge_client *client, const char *key)
+{
+    size_t size = strlen(key);
+    if (size >= sizeof client->routing_key)
+        return fail(client, EDGE_INVALID, "the routing key has %zu characters", size);
+    memcpy(client->routing_key, key, size + 1);
+    return EDGE_OK;
+}
+
+static void write_request(text *to, const char *model, const char *routing_key,
+                          const edge_tensor *inputs, int inputs_count,
                           const edge_tensor *wanted, int wanted_count)
 {
     add(to, "{");
     add_name(to, "model_name", model);
+    if (*routing_key) {
+        add(to, ",\"parameters\":{");
+        add_name(to, "routing_key", routing_key);
+        add(to, "}");
+    }
     add(to, ",\"inputs\":[");
     for (int i = 0; i < inputs_count; i++) {
         const edge_tensor *tensor = &inputs[i];
@@ -584,7 +600,7 @@ int edge_infer(edge_client *client, const char *model, const edge_tensor *inputs
         free(header);
         return fail(client, EDGE_INVALID, "too large to send");
     }
-    write_request(header, model, inputs, inputs_count, wanted, wanted_count);
+    write_request(header, model, client->routing_key, inputs, inputs_count, wanted, wanted_count);
     int result = header->bad ? fail(client, EDGE_INVALID, "names cannot be sent, or too many")
                              : send_frame_start(client, KIND_INFER, header, body_size, -1,
                                                 deadline_ns);

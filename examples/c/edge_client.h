@@ -54,6 +54,11 @@ int edge_tensor_set(edge_tensor *tensor, const char *name, const char *datatype,
 int edge_region(edge_client *client, const char *model, int number, size_t size, void **memory,
                 double timeout_s);
 
+/* Whom the next requests are for (a user, a camera): while two versions share a model's traffic
+ * (`edge-runtime split`), the same key is answered by the same one. At most 256 characters, without
+ * quotes, backslashes and control characters; "": each request is decided by itself. */
+int edge_routing_key(edge_client *client, const char *key);
+
 /* Run a model.
  *
  * wanted: which outputs, by name; those with region >= 0 are written there (size: the room).

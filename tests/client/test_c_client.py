@@ -72,6 +72,19 @@ def test_with_regions_no_tensor_travels_in_a_frame(classify, server, image):
     assert place.shared_memory_region == 0 and place.shared_memory_byte_size == 1 << 20
 
 
+def test_a_routing_key_travels_with_each_request(classify, server, image):
+    run(classify, server.path, image)
+    done = run(classify, server.path, image, "--region", "--key", "camera-7")
+    assert done.stdout == ANSWER
+    keys = [seen["request"].parameters.routing_key for seen in server.faults.seen]
+    assert keys == ["", "camera-7", "camera-7"]
+    assert run(classify, server.path, image, "--key", "k" * 256).returncode == 0
+    done = run(classify, server.path, image, "--key", "k" * 257)
+    assert done.returncode == 1 and "257 characters" in done.stderr
+    done = run(classify, server.path, image, "--key", 'a"b')
+    assert done.returncode == 1 and "cannot be sent" in done.stderr
+
+
 def test_a_refusal_names_code_and_reason(classify, endpoint, image):
     done = run(classify, endpoint, image, model="no-such")
     assert done.returncode == 1 and done.stderr.startswith("not_found: no model 'no-such'")

@@ -68,6 +68,49 @@ def test_small_tensors_travel_in_the_frame_with_their_priority(server):
     assert server.faults.seen[0]["priority"] == 9
 
 
+@pytest.mark.parametrize("x", [X, LARGE], ids=["small", "large"])
+def test_a_routing_key_travels_with_its_own_requests_only(server, x):
+    order = ["", "a", "b", "a", "", "b"]
+    with Client(server.path) as client:
+        for key in order:
+            outputs = client.infer("affine", {"x": x}, routing_key=key)
+            np.testing.assert_array_equal(outputs["y"], x * 2 + 1)
+        list(client.infer_many("affine", [{"x": x}] * 3, routing_key="many"))
+    assert keys_seen(server) == [*order, *["many"] * 3]
+
+
+def test_the_async_client_sends_routing_keys_too(server):
+    async def work() -> None:
+        async with AsyncClient(server.path) as client:
+            for key in ("a", "", "b"):
+                await client.infer("affine", {"x": LARGE}, routing_key=key)
+            async for _ in client.infer_many("affine", [{"x": X}] * 2, routing_key="many"):
+                pass
+
+    asyncio.run(work())
+    assert keys_seen(server) == ["a", "", "b", "many", "many"]
+
+
+def keys_seen(server: Server) -> list[str]:
+    return [seen["request"].parameters.routing_key for seen in server.faults.seen]
+
+
+def test_many_routing_keys_share_what_was_learnt_of_the_outputs(server):
+    with Client(server.path) as client:
+        for number in range(100):
+            client.infer("affine", {"x": LARGE}, routing_key=f"camera-{number}")
+        assert len(client._channels["affine"].connection._rooms) == 1
+    # From the second request on, whoever it is for, the answer comes by shared memory.
+    assert all(seen["request"].outputs for seen in server.faults.seen[1:])
+
+
+def test_a_routing_key_that_is_too_long_is_refused(server):
+    with Client(server.path) as client:
+        with pytest.raises(RequestError, match="256"):
+            client.infer("affine", {"x": X}, routing_key="k" * 257)
+        check(client)
+
+
 def test_a_server_that_refuses_regions_gets_everything_in_frames(tmp_path):
     server = Server(tmp_path / "s", body_size_max=1 << 22)
     server.faults.refuse_regions = True

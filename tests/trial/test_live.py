@@ -160,6 +160,22 @@ def test_a_split_gives_the_candidate_its_share_also_of_large_tensors(daemon):
     daemon.control("candidate_stop", name="split")
 
 
+def test_the_clients_keys_decide_who_answers(daemon):
+    daemon.add("keyed", 1)
+    place(daemon, "keyed", 2, scale=5.0)
+    daemon.control("split", name="keyed", version=2, share=0.5)
+    by_key: dict[str, set[str]] = {}
+    for _ in range(3):  # each time on a new connection, with other request ids
+        with daemon.client() as client:
+            for number in range(24):
+                key = f"camera-{number}"
+                result = client.infer_result("keyed", {"x": filled(1.0)}, routing_key=key)
+                by_key.setdefault(key, set()).add(result.model_version)
+    daemon.control("candidate_stop", name="keyed")
+    assert all(len(versions) == 1 for versions in by_key.values()), by_key
+    assert set.union(*by_key.values()) == {"1", "2"}
+
+
 @pytest.mark.parametrize("way", ["shadow", "split"])
 def test_a_dying_candidate_ends_the_trial_and_nothing_else(daemon, way):
     name = f"dying-{way}"
