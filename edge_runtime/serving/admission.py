@@ -187,7 +187,8 @@ class Admission:
     def _held_back(self, restraint: Restraint, request: Request) -> bool:
         """Refuse a request, not in the line yet, that the device does not allow now."""
         ahead_ns = len(self._pending) * self.run_ns_mean
-        wait_ns = restraint.wait_ns(request.priority, ahead_ns, _monotonic_ns())
+        priority = min(request.priority, self._limits.priority_max)  # as much as it may claim
+        wait_ns = restraint.wait_ns(priority, ahead_ns, _monotonic_ns())
         if not wait_ns:
             return False
         error = ThrottledError(

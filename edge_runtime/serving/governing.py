@@ -15,7 +15,7 @@ that moves by one. Four rules keep it calm:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -221,6 +221,27 @@ def heat(ladder: Ladder, hottest_c: float | None, throttled: bool) -> float | No
 def heat_rungs(ladder: Ladder) -> tuple[Rung, ...]:
     """Thresholds in degrees Celsius."""
     return tuple(Rung(step.enter_c, step.left_below_c) for step in ladder.steps)
+
+
+def slimmed(
+    variants: Sequence[str], sizes: Mapping[str, int], slower: Container[str] = ()
+) -> list[str]:
+    """The variants in the order in which they are to serve on a step that says "smaller".
+
+    The next smaller one than the best comes first; the others stay as they are, for when it fails.
+
+    Args:
+        variants: that may serve, best first.
+        sizes: bytes of their artifacts.
+        slower: of them, those that take longer for the same answer: they would heat more.
+    """
+    smaller = [
+        name for name in variants[1:] if sizes[name] < sizes[variants[0]] and name not in slower
+    ]
+    if not smaller:
+        return list(variants)
+    following = max(smaller, key=lambda name: sizes[name])
+    return [following, *(name for name in variants if name != following)]
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -200,6 +200,15 @@ def test_a_device_that_throttles_itself_is_at_least_at_the_first_threshold():
     assert governing.heat(Ladder(), None, throttled=True) is None
 
 
+def test_the_next_smaller_variant_comes_first_and_the_others_stand_by():
+    sizes = {"fp32": 100, "fp16": 50, "int8": 25}
+    names = ["fp32", "int8", "fp16"]
+    assert governing.slimmed(names, sizes) == ["fp16", "fp32", "int8"]
+    assert governing.slimmed(names, sizes, slower={"fp16"}) == ["int8", "fp32", "fp16"]
+    assert governing.slimmed(["int8", "fp32"], sizes) == ["int8", "fp32"]
+    assert governing.slimmed(["int8"], sizes) == ["int8"]
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,12 @@ def test_low_priority_is_refused_with_the_reason_and_a_time_to_come_back(build: 
     assert rig.status[page.ERRORS] == 0
 
 
+def test_a_priority_that_a_client_may_not_claim_does_not_help_it(build: Build) -> None:
+    rig = build(priority_max=2)
+    rig.tell(channel.Restrain(priority_min=3, reason=HOT))
+    assert rig.client().ask(infer(1.0, 1, priority=200)).code == "throttled"
+
+
 @pytest.mark.parametrize("runners", [0, 2])
 def test_a_share_of_the_time_is_kept_and_given_back(build: Build, runners: int) -> None:
     rig = build(NumpyModel(slow), runners=runners)
