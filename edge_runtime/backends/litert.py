@@ -22,6 +22,7 @@ import ctypes
 import functools
 import os
 import platform
+import queue
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -167,20 +168,21 @@ class LiteRtModel:
         self.placement = placement_of(nodes, first.nodes_at_first, options)
         _check_placement(self.placement, options)
         self._make = make
-        self._keeps_state = state != "none" and options.stateful == "keep"
+        self.keeps_state = state != "none" and options.stateful == "keep"
         # A resource variable cannot be reset, so such an interpreter runs once.
         self._runs_once = state == "resource" and options.stateful == "reset"
         self._resets = state == "tensor" and options.stateful == "reset"
         count = options.interpreters or (
-            1 if options.delegate or self._keeps_state else INTERPRETERS_DEFAULT
+            1 if options.delegate or self.keeps_state else INTERPRETERS_DEFAULT
         )
-        if self._keeps_state and count > 1:
+        if self.keeps_state and count > 1:
             raise UsageError(
                 f"{count} interpreters would have {count} states",
                 where="options.interpreters",
                 expected="1 with stateful: keep",
             )
         self.concurrent = count > 1
+        self.facts = _facts((*first.inputs, *first.outputs))
         self._pool = _Pool(make, count, first)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -192,7 +194,7 @@ class LiteRtModel:
         checks.check_inputs(self.inputs, inputs)
         given = [np.ascontiguousarray(inputs[spec.name]) for spec in self.inputs]
         wanted: dict[str, Array | None] = dict.fromkeys(spec.name for spec in self.outputs)
-        if self._keeps_state:
+        if self.keeps_state:
             return self._make().run(given, wanted)
         return self._run(given, wanted)
 
@@ -228,11 +230,13 @@ class _Pool:
     def __init__(self, make: Callable[[], _Engine], count: int, first: _Engine) -> None:
         self._make = make
         self._resting = [first]
-        self._tickets = threading.Semaphore(count)
+        self._tickets: queue.SimpleQueue[None] = queue.SimpleQueue()  # a semaphore in C
+        for _ in range(count):
+            self._tickets.put(None)
 
     def take(self, shapes: tuple[tuple[int, ...], ...]) -> _Engine:
         """One that rests, best of these shapes, or a new one; waits while all are taken."""
-        self._tickets.acquire()
+        self._tickets.get()
         resting = self._resting
         try:
             for index, engine in enumerate(resting):
@@ -247,26 +251,30 @@ class _Pool:
         try:
             return self._make()
         except BaseException:
-            self._tickets.release()
+            self._tickets.put(None)
             raise
 
     def give(self, engine: _Engine) -> None:
         self._resting.append(engine)
-        self._tickets.release()
+        self._tickets.put(None)
 
     def drop(self) -> None:
         """The one that was taken is not to be used again."""
-        self._tickets.release()
+        self._tickets.put(None)
 
 
 # --- an interpreter ------------------------------------------------------------------------------
 
 
 class _Tensor(NamedTuple):
-    """An input or output and its number in the interpreter."""
+    """An input or output and its number in the interpreter.
+
+    `quantization`: scale and zero point; None: not quantized, or not as a whole.
+    """
 
     spec: TensorSpec
     number: int
+    quantization: tuple[float, int] | None
 
 
 class _Engine:
@@ -395,7 +403,20 @@ def _tensor(role: str, detail: Mapping[str, Any], name: str) -> _Tensor:
         )
     shape, free = detail["shape"], detail.get("shape_signature", ())
     dims = free if len(free) == len(shape) else shape
-    return _Tensor(TensorSpec(name, datatype, tuple(map(int, dims))), int(detail["index"]))
+    scale, zero_point = detail["quantization"]  # (0, 0): none, or one for each channel
+    quantization = (float(scale), int(zero_point)) if scale else None
+    spec = TensorSpec(name, datatype, tuple(map(int, dims)))
+    return _Tensor(spec, int(detail["index"]), quantization)
+
+
+def _facts(ends: Iterable[_Tensor]) -> dict[str, Any]:
+    """How numbers that are served quantized are meant: real = scale * (stored - zero_point)."""
+    found = {
+        tensor.spec.name: {"scale": tensor.quantization[0], "zero_point": tensor.quantization[1]}
+        for tensor in ends
+        if tensor.quantization is not None
+    }
+    return {"quantization": found} if found else {}
 
 
 def _fix_shapes(
@@ -411,7 +432,7 @@ def _fix_shapes(
                 expected="one of " + ", ".join(map(repr, by_name)),
                 remedy=did_you_mean(name, by_name),
             )
-        spec, number = by_name[name]
+        spec, number, _ = by_name[name]
         if not tensors.shape_matches(shape, spec.shape):
             raise UsageError(
                 f"{list(shape)} does not fit", where=where, expected=f"{list(spec.shape)}"
@@ -421,8 +442,8 @@ def _fix_shapes(
 
 def _fixed(tensor: _Tensor, shapes: Mapping[str, tuple[int, ...]]) -> _Tensor:
     spec = tensor.spec
-    shape = shapes.get(spec.name, spec.shape)
-    return _Tensor(TensorSpec(spec.name, spec.datatype, tuple(shape)), tensor.number)
+    shape = tuple(shapes.get(spec.name, spec.shape))
+    return tensor._replace(spec=TensorSpec(spec.name, spec.datatype, shape))
 
 
 # --- where nodes run -----------------------------------------------------------------------------

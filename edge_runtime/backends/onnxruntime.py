@@ -159,6 +159,8 @@ class OnnxModel:
     """A session. `run` may be called from several threads, and so may bindings, each from one."""
 
     concurrent = True
+    keeps_state = False
+    facts: Mapping[str, Any] = {}
 
     def __init__(self, session: Any, chosen: Sequence[Provider] = ()) -> None:
         self._session = session

@@ -162,6 +162,8 @@ class OpenVinoModel:
     state, so that goldens do not disturb it.
     """
 
+    facts: Mapping[str, Any] = {}
+
     def __init__(
         self, model: Any, compiled: Any, placement: tuple[Placement, ...], options: Options
     ) -> None:
@@ -177,6 +179,7 @@ class OpenVinoModel:
         self._idle: list[Any] = [self._request()]
         self._resets = bool(self._idle[0].query_state())
         self._kept = self._request() if self._resets and options.stateful == "keep" else None
+        self.keeps_state = self._kept is not None
         self._turn = threading.Lock()
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

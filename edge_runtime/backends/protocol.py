@@ -31,11 +31,18 @@ class Placement(msgspec.Struct, frozen=True):
 
 
 class Model(Protocol):
-    """A loaded model. Calls may come from several threads at once unless `concurrent` is false."""
+    """A loaded model. Calls may come from several threads at once unless `concurrent` is false.
+
+    `keeps_state`: the answer of a binding depends on what was asked before; `run` stands alone all
+    the same. `facts`: what clients may want to know beside the signature, JSON values only; they
+    become parameters of the model's metadata.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     concurrent: bool
+    keeps_state: bool
+    facts: Mapping[str, Any]
     placement: tuple[Placement, ...]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

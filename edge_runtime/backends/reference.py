@@ -165,6 +165,8 @@ class ReferenceModel:
     """A loaded document. Runs count from 1 over all threads and bindings."""
 
     placement = (Placement("CPU", "numpy"),)
+    keeps_state = False
+    facts: Mapping[str, Any] = {}
 
     def __init__(self, graph: _Graph, trouble: _Trouble) -> None:
         self.inputs = graph.inputs

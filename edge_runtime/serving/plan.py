@@ -541,7 +541,10 @@ def _unbound(plan: Plan, memory: Array) -> Callable[[], memoryview]:
             if given.spec.datatype == "BOOL":
                 data = np.minimum(np.frombuffer(data, np.uint8), 1).data
             arrays[given.spec.name] = tensors.from_bytes(data, given.spec.datatype, given.shape)
-        results = plan.model.run(arrays)
+        if plan.model.keeps_state:  # which is the bindings'; `run` would start anew
+            results = plan.model.bind(arrays, {each.spec.name: None for each in plan.outputs})()
+        else:
+            results = plan.model.run(arrays)
         return _assemble(plan, results)
 
     return respond

@@ -62,7 +62,7 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
         model = backend.load(Path(spec.artifact), spec.options)
         plan.check_signature(model, spec.inputs, spec.outputs)
         fallen_back = _check_placement(spec, model)
-        spec = _with_device(spec, model, fallen_back)
+        spec = _for_state(_with_facts(spec, model, fallen_back), model)
         load_ms = _ms_since(began_ns)
         enter("warmup")
         began_ns = monotonic_ns()
@@ -129,12 +129,23 @@ def _check_placement(spec: WorkerSpec, model: Model) -> str:
     return fallback.reason if verdict == "alarm" else ""
 
 
-def _with_device(spec: WorkerSpec, model: Model, fallen_back: str) -> WorkerSpec:
-    """The answer to MODEL_METADATA tells where the model really runs."""
+def _with_facts(spec: WorkerSpec, model: Model, fallen_back: str) -> WorkerSpec:
+    """The answer to MODEL_METADATA tells where the model really runs, and what its backend adds."""
     metadata = msgspec.json.decode(spec.metadata)
-    facts = {"device": placement.device(model.placement), "cpu_fallback": fallen_back}
-    metadata.setdefault("parameters", {}).update({key: text for key, text in facts.items() if text})
+    facts = {
+        **model.facts,
+        "device": placement.device(model.placement),
+        "cpu_fallback": fallen_back,
+    }
+    metadata.setdefault("parameters", {}).update({key: fact for key, fact in facts.items() if fact})
     return msgspec.structs.replace(spec, metadata=msgspec.json.encode(metadata))
+
+
+def _for_state(spec: WorkerSpec, model: Model) -> WorkerSpec:
+    """A model that keeps a state answers each request by itself: no batches, no cached answers."""
+    if not model.keeps_state:
+        return spec
+    return msgspec.structs.replace(spec, batch_rows_max=1, cache_bytes_max=0)
 
 
 def _fail(control: socket.socket, phase: str, error: EdgeError) -> int:

@@ -58,6 +58,8 @@ class NumpyModel:
         self.inputs = inputs
         self.outputs = outputs
         self.concurrent = True
+        self.keeps_state = False
+        self.facts: dict[str, Any] = {}
         self.ran: list[Any] = []
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,8 @@ class Model:
     inputs = (TensorSpec("x", "FP32", (-1, WIDTH)),)
     outputs = (TensorSpec("y", "FP32", (-1, WIDTH)),)
     concurrent = True
+    keeps_state = False
+    facts = types.MappingProxyType({})
     placement = (Placement("CPU"),)
 
     def __init__(self, options):

@@ -1,0 +1,93 @@
+"""LiteRT in sandboxed workers of a real daemon."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_runtime.bundle import create
+from tests import tflite_writer as writer
+from tests.backends.contract import installed_tflite, require
+from tests.bundle.conftest import load_with_backend
+from tests.daemon.world import Daemon, running, until
+
+require(installed_tflite())
+
+# What would be wrong for a model that keeps a state.
+EAGER = {"cache_bytes_max": 1 << 20, "batch_window_ms": 1.0}
+
+
+def packed(folder: Path, name: str, data: bytes, **options: Any) -> Path:
+    model = folder / f"{name}.tflite"
+    model.write_bytes(data)
+    chosen = create.Options(name=name, backend_options={"litert": options})
+    create.create([model], chosen, folder / f"{name}.bundle", load_with_backend())
+    return folder / f"{name}.bundle"
+
+
+def total(daemon: Daemon, name: str, value: float) -> float:
+    with daemon.client() as client:
+        return float(client.infer(name, {"x": np.full(1, value, np.float32)})["total"][0])
+
+
+def restart(daemon: Daemon, name: str) -> None:
+    """Kill the worker and wait for the next."""
+    old = daemon.worker(name)["pid"]
+    os.kill(old, signal.SIGKILL)
+    until(lambda: daemon.worker(name).get("pid", old) != old and daemon.ready(name))
+
+
+def test_batches_of_any_size_are_answered_from_the_sandbox(daemon: Daemon):
+    weights = np.random.RandomState(3).standard_normal((16, 4)).astype(np.float32)
+    daemon.install(packed(daemon.bundles, "lin", writer.linear(weights)))
+    with daemon.client() as client:
+        for rows in (1, 7, 2, 64):
+            given = np.random.RandomState(rows).standard_normal((rows, 16)).astype(np.float32)
+            got = client.infer("lin", {"input": given})["output"]
+            np.testing.assert_allclose(got, given @ weights, rtol=1e-4, atol=1e-5)
+    worker = daemon.worker("lin")
+    assert (worker["backend"], daemon.model("lin")["device"]) == ("litert", "CPU")
+    restart(daemon, "lin")
+    assert "XNNPACK" not in "".join(
+        line for line in daemon.log().splitlines() if "INFO:" in line
+    ), "the library's chatter is in the journal"
+
+
+def test_a_kept_state_is_one_for_all_clients_and_ends_with_its_worker(daemon: Daemon):
+    daemon.install(packed(daemon.bundles, "sum", writer.counter(), stateful="keep"))
+    assert [total(daemon, "sum", 5.0) for _ in range(3)] == [5, 10, 15]
+    restart(daemon, "sum")
+    assert total(daemon, "sum", 1.0) == 1
+
+
+def test_a_kept_state_has_no_cached_answers_whatever_is_configured():
+    with running({"models": {"sum": EAGER, "plain": EAGER}}) as daemon:
+        daemon.install(packed(daemon.bundles, "sum", writer.counter(), stateful="keep"))
+        daemon.install(packed(daemon.bundles, "plain", writer.counter()))
+        assert [total(daemon, "sum", 5.0) for _ in range(3)] == [5, 10, 15]
+        assert [total(daemon, "plain", 5.0) for _ in range(3)] == [5, 5, 5]
+
+
+def test_metadata_says_what_quantized_numbers_mean(daemon: Daemon):
+    graph = writer.Graph(
+        [
+            writer.Tensor("a", [1, 4], writer.INT8, scales=[0.5], zero_point=-3),
+            writer.Tensor("b", [1, 4], writer.INT8, scales=[0.25], zero_point=7),
+        ],
+        [writer.Operator(writer.QUANTIZE, [0], [1])],
+        [0],
+        [1],
+    )
+    daemon.install(packed(daemon.bundles, "q", writer.model(graph)))
+    with daemon.client() as client:
+        parameters = client.metadata("q")["parameters"]
+        assert parameters["quantization"] == {
+            "a": {"scale": 0.5, "zero_point": -3},
+            "b": {"scale": 0.25, "zero_point": 7},
+        }
+        got = client.infer("q", {"a": np.array([[-3, -1, 1, 3]], np.int8)})["b"]
+        assert got.tolist() == [[7, 11, 15, 19]]  # 0, 1, 2, 3
