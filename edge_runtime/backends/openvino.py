@@ -60,8 +60,6 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         threads: of one run, on the CPU. 1: a worker shares the box with other workers.
         hint: what the device is tuned for where it has a choice. A worker runs one request or one
             batch at a time: latency.
-        pinning: bind the library's threads to cores of its own choice. False: the worker's cpuset
-            says where it runs.
         stateful: what a model with a state of its own remembers. reset: nothing, each run begins
             anew; keep: one state for the worker, so for all clients of the model together.
         shapes: fixes the shapes of inputs by name ({"input": [1, 3, 224, 224]}; -1 stays free), as
@@ -73,7 +71,6 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     streams: Count = 1
     threads: Count = 1
     hint: Literal["latency", "throughput"] = "latency"
-    pinning: bool = False
     stateful: Literal["reset", "keep"] = "reset"
     shapes: dict[str, list[Dimension]] = {}
 
@@ -85,7 +82,6 @@ _DEFAULT_PRECISIONS = {"CPU": "f32", "GPU": "f32", "NPU": "f16"}
 _PROPERTIES = {
     "streams": "NUM_STREAMS",
     "threads": "INFERENCE_NUM_THREADS",
-    "pinning": "ENABLE_CPU_PINNING",
 }
 
 # The library's element types -> OIP datatype.
@@ -505,7 +501,7 @@ def _properties(core: Any, device: str, options: Options) -> dict[str, Any]:
     some = {
         "NUM_STREAMS": options.streams,
         "INFERENCE_NUM_THREADS": options.streams * options.threads,
-        "ENABLE_CPU_PINNING": options.pinning,
+        "ENABLE_CPU_PINNING": False,  # the worker's cpuset says where it runs
     }
     return told | {name: value for name, value in some.items() if name in supported}
 

@@ -84,6 +84,9 @@ DENIED_CALLS: dict[str, tuple[int | None, int | None]] = {
     "sched_setscheduler": (144, 119),
     "sched_setparam": (142, 118),
     "sched_setattr": (314, 274),
+    # Where a worker runs is the configuration's business and the governor's. OpenVINO sets its
+    # threads' cores anew at each run, to all of the machine's, and gets on without.
+    "sched_setaffinity": (203, 122),
 }
 # Calls that a worker needs for itself, and that reach the daemon and every other worker too, for
 # all run as one user: the first argument must be 0 or the worker's own process id. (A CPU limit

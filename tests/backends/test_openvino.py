@@ -163,7 +163,7 @@ class TestDevices:
 
 class TestOptions:
     def test_every_option_reaches_the_compiled_model(self, tmp_path: Path):
-        model = load(identity(tmp_path), streams=2, hint="throughput", pinning=True)
+        model = load(identity(tmp_path), streams=2, hint="throughput")
         told = model._compiled.get_property
         assert told("NUM_STREAMS") == 2
         assert told("PERFORMANCE_HINT") == "THROUGHPUT"

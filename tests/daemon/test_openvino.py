@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from edge_runtime.bundle.manifest import Variant
 from tests.backends.contract import openvino
-from tests.daemon.world import NO_BLOB, filled, onnx_bundle, until
+from tests.daemon.world import NO_BLOB, filled, onnx_bundle, running, until
 
 openvino()
 pytest.importorskip("onnx", reason="onnx is not installed")
@@ -49,3 +50,15 @@ def test_an_option_that_is_wrong_refuses_the_activation_with_its_key_path(daemon
     with pytest.raises(EdgeError) as caught:
         daemon.install(path)
     assert "options.device" in str(caught.value)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores to tell one apart")
+def test_its_threads_stay_on_the_cores_of_the_configuration():
+    """The library sets them to all of the machine's at each run, unless it is refused."""
+    with running({"models": {"placed": {"cpuset": "0"}}}) as daemon:
+        daemon.install(onnx_bundle(daemon.bundles, "placed", variants=[variant(streams=2)]))
+        assert [daemon.infer("placed") for _ in range(20)] == [6.0] * 20
+        tasks = Path(f"/proc/{daemon.worker('placed')['pid']}/task")
+        assert {frozenset(os.sched_getaffinity(int(one.name))) for one in tasks.iterdir()} == {
+            frozenset({0})
+        }

@@ -35,6 +35,7 @@ def attempts(options):
         ("kill the daemon", lambda: os.kill(options["pid"], 0)),
         ("kill a thread of the daemon", lambda: _call(234, options["pid"], options["pid"], 0)),
         ("queue a signal", lambda: _call(129, options["pid"], 0, None)),
+        ("pin the daemon to a core", lambda: os.sched_setaffinity(options["pid"], {0})),
         ("in another thread", lambda: _in_thread(lambda: socket.socket(socket.AF_INET).close())),
         ("trace the daemon", lambda: _call(101, 16, options["pid"], None, None)),  # PTRACE_ATTACH
         ("read the daemon's memory", lambda: _memory(options["pid"])),
