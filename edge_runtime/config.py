@@ -178,8 +178,19 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         float, _number(0, 1000, "ms", "auto: shorter runs stay inline; a hand-over costs more")
     ] = 2.0
     queue_requests_max: Annotated[
-        int, _number(1, 65536, "requests", "above it a prompt refusal beats a late answer")
-    ] = 64
+        int,
+        _number(1, 65536, "requests", "a burst of requests for a small model; tensors take memory"),
+    ] = 256
+    queue_ms_max: Annotated[
+        float,
+        _number(
+            0,
+            3_600_000,
+            "ms",
+            "a request that would wait longer, as runs were lately, is refused at once, unless "
+            "fewer than 16 wait; 0: only the other bounds",
+        ),
+    ] = 250.0
     queue_bytes_max: Annotated[
         int, _number(KIB, 16 * GIB, "bytes", "tensors that wait; above it requests are refused")
     ] = 64 * MIB

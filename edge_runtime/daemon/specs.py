@@ -88,6 +88,7 @@ def worker_spec(
         supervisor_pid=os.getpid(),
         limits=spec.Limits(
             queue_requests_max=config.queue_requests_max,
+            queue_ms_max=config.queue_ms_max,
             queue_bytes_max=config.queue_bytes_max,
             priority_max=config.priority_max,
             frame_body_bytes_max=limits.frame_body_bytes_max,

@@ -1,8 +1,13 @@
 """Admission: which requests may wait, who goes when there is no room, and what it is told.
 
 Law of this file: everything about too much. It puts requests into the line or refuses them, knows
-how long a run takes lately, and how much of a turn may go into refusing. It runs nothing and reads
-nothing from a socket; who is next is `waiting`'s.
+how long a run takes lately, and how much of a turn may go into reading and refusing. It runs
+nothing and reads nothing from a socket; who is next is `waiting`'s.
+
+A refusal is to come within 10 ms of its request and to cost little, or a model of microseconds
+would do nothing else under load. So a request that would be last in a full line is refused as soon
+as its header is read, with a frame made beforehand, and all refusals of a turn to one connection
+leave in one `send` (some 2 us each; a request that is admitted and then makes way costs 10 us).
 """
 
 from __future__ import annotations
@@ -22,14 +27,14 @@ from edge_runtime.wire import frames, messages
 # When memory for tensors is short: a body takes milliseconds to arrive on a unix socket; one that
 # takes longer than this is not being sent.
 BODY_NS_MAX = 1_000_000_000
-# Under overload a turn refuses so many requests, more for slow models, and looks at no more
-# newcomers: they wait in their sockets, where their clients feel it.
-REFUSALS_A_TURN = 8
-RUN_NS_A_REFUSAL = 90_000  # a refusal takes some 10 us: a tenth of the time
-# ... and then runs what waits for so many times the time that it spent on newcomers, at most for as
-# long as a refusal may take to come.
+# So many may wait however long a run takes: as many clients that ask one by one are never refused.
+PLACES_MIN = 16
+# A turn that refuses reads for so long; what is left waits in its sockets for the next turn, where
+# its clients feel it. Then the model runs for so many times the time that was spent on newcomers,
+# at most for RUN_NS_MAX: half of the time within which a refusal is to come.
+READ_NS_MAX = 1_000_000
 RUN_SHARE = 9
-RUN_NS_MAX = 5_000_000
+RUN_NS_MAX = 4_000_000
 REFUSAL_NS = 5_000_000  # for so long the same "come back in" is true
 # Where an error is counted, by its code; any other: FAILED.
 _OUTCOMES = {
@@ -48,7 +53,8 @@ class Admission:
     Attributes:
         line: who waits.
         run_ns_mean: of a request, in recent runs: what retry_after_s is made of.
-        refusals_left: so many may be refused before newcomers have to wait for the next turn.
+        places_min: so many may wait in any case.
+        refusals: of this turn, not yet sent: request ids by connection.
         restraint: what the device allows; None: everything.
     """
 
@@ -77,39 +83,35 @@ class Admission:
         self._slots = slots
         self._lanes = lanes
         self._pending = self.line.entries
-        self.refusals_left = self._refusals_a_turn()
+        self.places_min = min(PLACES_MIN, limits.queue_requests_max)
         self.restraint: Restraint | None = None
-        self._refusal = b""  # the newest "overloaded" frame; its id is filled in
+        self.refusals: dict[Connection, list[int]] = {}
+        self._refusal = b"", b""  # the newest "overloaded" frame, before and behind its id
         self._refusal_until_ns = 0
 
     # -- turns -------------------------------------------------------------------------------------
 
-    def begin_turn(self) -> None:
-        """Some may be refused again."""
-        self.refusals_left = self._refusals_a_turn()
-
-    def _refusals_a_turn(self) -> int:
-        """So many that refusing stays a small share of what a run takes."""
-        return max(REFUSALS_A_TURN, int(self.run_ns_mean / RUN_NS_A_REFUSAL))
-
-    @property
-    def closed(self) -> bool:
-        """Whether newcomers wait in their sockets: the queue is full and enough were refused."""
-        return self.refusals_left <= 0 and self.full
-
     @property
     def full(self) -> bool:
         """Whether as many wait as may."""
-        return len(self._pending) >= self._limits.queue_requests_max
+        return len(self._pending) >= self.places_min and len(self._pending) >= self._places()
+
+    def _places(self) -> int:
+        """How many may wait: what runs within `queue_ms_max`, as runs were lately."""
+        limits = self._limits
+        if not limits.queue_ms_max:
+            return limits.queue_requests_max
+        within = int(limits.queue_ms_max * 1e6 * self._lanes / max(self.run_ns_mean, 1.0))
+        return max(min(within, limits.queue_requests_max), self.places_min)
 
     @staticmethod
-    def run_until_ns(began_ns: int, now_ns: int) -> int:
-        """How long a turn that has read since `began_ns` goes on running what waits.
+    def run_until_ns(began_ns: int, read_ns: int) -> int:
+        """Until when a turn that has read from `began_ns` to `read_ns` runs what waits.
 
         Without this a model of microseconds would be busy with newcomers only: its goodput at twice
         the load that it can serve was 0.2 % of its peak.
         """
-        return now_ns + min(RUN_SHARE * (now_ns - began_ns), RUN_NS_MAX)
+        return read_ns + min(RUN_SHARE * (read_ns - began_ns), RUN_NS_MAX)
 
     # -- in ----------------------------------------------------------------------------------------
 
@@ -119,10 +121,18 @@ class Admission:
             return
         request.connection.in_flight += 1
         self.line.put(request)
-        if len(self._pending) > self._limits.queue_requests_max:
+        if len(self._pending) > self.places_min and len(self._pending) > self._places():
             self._send_away([self.line.last()])
         elif request.deadline_ns and len(self._pending) > 1 and self._hopeless(request):
             self._send_away([request])
+
+    def turns_away(self, owner: Connection, priority: int, deadline_ns: int) -> bool:
+        """Whether a newcomer would be refused by `put`. Only asked when `places_min` wait."""
+        if not self.line.would_be_last(owner, priority):
+            return False
+        return len(self._pending) >= self._places() or (
+            bool(deadline_ns) and self._wait_ns() > deadline_ns - _monotonic_ns() > 0
+        )
 
     def make_room(self, owner: Connection, priority: int, size_bytes: int) -> bool:
         """Have requests behind the newcomer refused, if that gives it so many bytes."""
@@ -195,7 +205,6 @@ class Admission:
             restraint.reason, where=self._model, retry_after_s=round(wait_ns / 1e9, 4)
         )
         self._slots.release(request.slot)
-        self.refusals_left -= 1
         self._status[page.HELD] += 1
         self.answer_error(request.connection, request.request_id, error)
         self._peers.settle(request.connection)
@@ -207,32 +216,49 @@ class Admission:
         """Refuse requests that were waiting."""
         self.line.remove(requests)
         for request in requests:
-            owner = request.connection
-            owner.in_flight -= 1
+            request.connection.in_flight -= 1
             self._slots.release(request.slot)
-            self._refuse(owner, request.request_id)
+            self.refuse(request.connection, request.request_id)
+
+    def refuse(self, owner: Connection, request_id: int) -> None:
+        """Say "overloaded", at the end of this turn's reading: in flight until then."""
+        owner.in_flight += 1
+        ids = self.refusals.get(owner)
+        if ids is None:
+            self.refusals[owner] = [request_id]
+        else:
+            ids.append(request_id)
+
+    def send_refusals(self) -> None:
+        """Once a turn, when there are any: one `send` for each connection."""
+        refusals, self.refusals = self.refusals, {}
+        head, rest = self._overloaded_frame()
+        tail = frames.PREFIX_TAIL.pack
+        for owner, ids in refusals.items():
+            self._status[page.REFUSED] += len(ids)
+            owner.in_flight -= len(ids)
+            if owner.fd < 0:
+                continue  # it closed meanwhile
+            data = b"".join([head + tail(request_id, 0) + rest for request_id in ids])
+            self._peers.send(owner, memoryview(data), None)
             self._peers.settle(owner)
 
-    def _refuse(self, owner: Connection, request_id: int) -> None:
-        """Say "overloaded": prepared once for some milliseconds, because it is said often."""
-        self.refusals_left -= 1
-        self._status[page.REFUSED] += 1
+    def _overloaded_frame(self) -> tuple[bytes, bytes]:
+        """Made once for some milliseconds, because it is said often."""
         now_ns = _monotonic_ns()
         if now_ns > self._refusal_until_ns:
-            self._refusal = messages.encode_error(self.overloaded())
+            frame = messages.encode_error(self._overloaded())
+            rest_at = frames.PREFIX_TAIL_AT + frames.PREFIX_TAIL.size
+            self._refusal = frame[: frames.PREFIX_TAIL_AT], frame[rest_at:]
             self._refusal_until_ns = now_ns + REFUSAL_NS
-        frame = bytearray(self._refusal)
-        frames.PREFIX_TAIL.pack_into(frame, frames.PREFIX_TAIL_AT, request_id, 0)
-        self._peers.send(owner, memoryview(frame), None)
+        return self._refusal
 
-    def overloaded(self) -> OverloadedError:
-        """What a client is told that comes when there is no room."""
+    def _overloaded(self) -> OverloadedError:
         wait_s = max(self._wait_ns() / 1e9, 0.001)
         return OverloadedError(
             f"{len(self._pending)} requests wait for {self._model}",
             where=self._model,
-            expected=f"<= {self._limits.queue_requests_max} requests and "
-            f"{self._limits.queue_bytes_max} bytes",
+            expected=f"<= {self._places()} requests and {self._limits.queue_bytes_max} bytes",
             retry_after_s=round(wait_s, 4),
         )
 

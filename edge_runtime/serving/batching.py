@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 # What is tried at warm-up. More rows than 64 make one answer wait for too many others.
 SIZES = (4, 16, 64)
-# A warm-up must stay short: what cannot be measured within it is not batched unasked.
-MEASURE_S_MAX = 0.06
+# A warm-up must stay short: what cannot be measured within it (of the clock that is used) is not
+# batched unasked.
+MEASURE_S_MAX = 0.1
 # Runs of one size; the fastest counts, because whatever else the machine does only adds.
 REPEATS = 3
 # A row in a batch must cost at most this share of a row alone, or batching is not worth its copies.
@@ -36,15 +37,23 @@ GAIN_MIN = 0.8
 GAIN_MORE = 0.9
 # Memory of one batch; bounds the rows of models with large tensors.
 BATCH_BYTES_MAX = 16 * 1024 * 1024
+# A batch that runs in the loop's own thread keeps it from reading and refusing for as long.
+INLINE_RUN_NS_MAX = 4_000_000
 # Distinct shapes with batch memory at rest; clients of one model use one or two.
 KEYS_MAX = 8
 
 
 class Choice(NamedTuple):
-    """What the measurement says: rows of a batch at most (1: no batches), and why."""
+    """What the measurement says: rows of a batch at most (1: no batches), and why.
+
+    Attributes:
+        tried: rows of the largest batch that was tried; the loop goes beyond it step by step. 0: as
+            rows_max.
+    """
 
     rows_max: int
     reason: str
+    tried: int = 0
 
 
 class Batch:
@@ -138,6 +147,19 @@ def capacity(plan: Plan, rows_max: int) -> int:
     return max(1, min(rows_max, BATCH_BYTES_MAX // max(_row_bytes(plan), 1)))
 
 
+def inline_rows(limit: int, rows: int, run_ns: int, rows_max: int) -> int:
+    """How many rows the next batch in the loop's thread may have, after one of `rows` took
+    `run_ns`: fewer when that was more than INLINE_RUN_NS_MAX and a quarter (at most by half,
+    because a run also takes long when somebody else has the processor; two are always tried), a
+    quarter more when it was full and well within.
+    """
+    if run_ns * 4 > INLINE_RUN_NS_MAX * 5:
+        return max(rows // 2, rows * INLINE_RUN_NS_MAX // run_ns, min(2, rows_max))
+    if rows >= limit and run_ns * 5 < INLINE_RUN_NS_MAX * 4:
+        return min(limit + max(limit // 4, 1), rows_max)
+    return limit
+
+
 def _row_bytes(plan: Plan) -> int:
     """Of a row's inputs and outputs (not of the places in shared memory that they may go to)."""
     shapes = [(given.spec, given.shape) for given in plan.inputs]
@@ -159,7 +181,7 @@ def measure(
         samples: inputs of one run or more; rows of them, and variations of the first row, are
             tried alone and together.
         rtol, atol: how far a row in a batch may lie from the same row alone.
-        clock_ns: CLOCK_MONOTONIC.
+        clock_ns: nanoseconds of wall time, or of the calling thread's processor time.
         asked: rows that the configuration asks for; only their rightness is tried. 0: measure.
     """
     rows = _rows(samples)
@@ -184,11 +206,15 @@ def _measure(
     rows_max = max(1, BATCH_BYTES_MAX // max(sum(one.nbytes for one in alone[0].values()), 1))
     each_ns: float = row_ns  # of the size before: what a row of the next may cost
     best, best_ns = Choice(1, "a row in a batch is not cheaper than a row alone"), row_ns * GAIN_MIN
+    tried = 0
     for size in (min(asked, rows_max),) if asked else SIZES:
         if not asked and (size > rows_max or clock_ns() + 2 * size * each_ns > until_ns):
             if size == SIZES[0]:
                 best = Choice(1, "too slow or too large to be measured at load; set batch_rows_max")
+            elif size <= rows_max and best.rows_max == tried:  # each size so far was worth it
+                best = Choice(SIZES[-1], f"{best.reason}; no time to try more", tried)
             break
+        tried = size
         inputs = _stack([alone[index % len(alone)] for index in range(size)])
         _, outputs = _timed(model, inputs, clock_ns)  # the first run of a new size allocates
         off = _deviation(outputs, answers, size, rtol, atol)

@@ -43,8 +43,6 @@ class Intake:
     """Reads requests.
 
     Attributes:
-        backlog: connections with whole frames read and not looked at, by descriptor: the queue was
-            full.
         plans: by header; those that name regions are with their connection.
     """
 
@@ -56,8 +54,14 @@ class Intake:
         admission: Admission,
         slots: Slots,
         admit: Callable[[Request], None],
+        all_wait: Callable[[], bool],
     ) -> None:
-        self.backlog: dict[int, Connection] = {}
+        """See above.
+
+        Args:
+            all_wait: whether `admit` lets each request wait in line; false: some are answered
+                otherwise, so that even when the line is full they have to be received.
+        """
         self.plans: dict[bytes, Plan] = {}
         self._spec = spec
         self._limits = spec.limits
@@ -66,6 +70,8 @@ class Intake:
         self._admission = admission
         self._slots = slots
         self._admit = admit
+        self._all_wait = all_wait
+        self._pending = admission.line.entries
         self._version = str(spec.version)
         self._labels = STABLE_LABELS
 
@@ -93,20 +99,8 @@ class Intake:
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def look_at_backlog(self) -> None:
-        """A new turn: frames that were put off come first."""
-        backlog, self.backlog = self.backlog, {}
-        for fd, owner in backlog.items():
-            if self._peers.by_fd.get(fd) is owner and not owner.leaving and not owner.outbox:
-                self.parse(owner)
-
     def readable(self, owner: Connection) -> None:
         """Read what is there, once, and use it."""
-        if self.backlog and owner.fd in self.backlog:
-            return  # what was read before comes first
-        admission = self._admission
-        if admission.refusals_left <= 0 and admission.full:
-            return
         receiving = owner.receiving
         if receiving is not None:
             assert receiving.slot is not None
@@ -144,13 +138,10 @@ class Intake:
         """Use up the bytes read: every whole frame, and the beginning of a large one."""
         read_ns = _monotonic_ns()
         began = owner.start
-        admission = self._admission
+        pending, places_min = self._pending, self._admission.places_min
+        away = -1  # requests of this connection of no higher priority find the line full
         while owner.receiving is None and not owner.leaving:
             have = owner.end - owner.start
-            if have and admission.refusals_left <= 0 and admission.full:
-                self.backlog[owner.fd] = owner
-                owner.stalled_since_ns = 0  # it is us who do not move
-                return
             if owner.skip and have:
                 used = min(owner.skip, have)
                 owner.skip -= used
@@ -178,6 +169,14 @@ class Intake:
                 plan = self._plan(owner, header, body_size, request_id, body_at)
                 if plan is None:
                     continue
+            if len(pending) >= places_min and body_size == plan.body_size:
+                if priority <= away or self._turns_away(owner, priority, time_ns):
+                    if priority > away and self._admission.full:
+                        away = priority
+                    self._skip_body(owner, body_at, body_size)
+                    self._admission.refuse(owner, request_id)
+                    continue
+                away = -1
             slot = self._acquire(owner, plan, body_size, request_id, body_at, priority)
             if slot is None:
                 continue
@@ -240,6 +239,10 @@ class Intake:
         plans[header] = plan
         return plan
 
+    def _turns_away(self, owner: Connection, priority: int, deadline_ns: int) -> bool:
+        """Whether a request would only be received to be refused."""
+        return self._all_wait() and self._admission.turns_away(owner, priority, deadline_ns)
+
     def _acquire(
         self,
         owner: Connection,
@@ -271,7 +274,9 @@ class Intake:
             self._slots.used_bytes + plan.slot_bytes > limits.queue_bytes_max
             and not self._admission.make_room(owner, priority, plan.slot_bytes)
         ):
-            error = self._admission.overloaded()
+            self._skip_body(owner, body_at, body_size)
+            self._admission.refuse(owner, request_id)
+            return None
         else:
             if owner.leaving:  # it closed when an older request of its own made way
                 return None
@@ -293,7 +298,6 @@ class Intake:
         self, owner: Connection, error: EdgeError, request_id: int, body_at: int, body_size: int
     ) -> None:
         self._skip_body(owner, body_at, body_size)
-        self._admission.refusals_left -= 1
         self._admission.answer_error(owner, request_id, error)
 
     def _other_kind(

@@ -32,7 +32,8 @@ class GoldenPair(msgspec.Struct, frozen=True):
 class Limits(msgspec.Struct, frozen=True):
     """The bounds of one worker; units in the names, reasons in `config`."""
 
-    queue_requests_max: int = 64
+    queue_requests_max: int = 256
+    queue_ms_max: float = 0.0  # 0: not limited
     queue_bytes_max: int = 64 * 1024 * 1024
     frame_body_bytes_max: int = 64 * 1024 * 1024
     regions_per_connection_max: int = 16

@@ -11,7 +11,7 @@ pipelines many requests does not push those of others back, and one that was awa
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush
+from bisect import insort
 from typing import TYPE_CHECKING
 
 from edge_runtime.serving import batching
@@ -30,7 +30,8 @@ class Line:
     """Requests that wait.
 
     Attributes:
-        entries: the heap, always the same list: what asks whether anything waits holds it.
+        entries: who is next comes first, who is last comes last; always the same list, because what
+            asks whether anything waits holds it.
     """
 
     def __init__(self, priority_max: int) -> None:
@@ -48,11 +49,11 @@ class Line:
         turn, mine = self._turns[priority], turns.get(priority, 0)
         turns[priority] = turn = (mine if mine > turn else turn) + 1
         self._order += 1
-        heappush(self.entries, (-priority, turn, self._order, request))
+        insort(self.entries, (-priority, turn, self._order, request))
 
     def pop(self) -> Request:
         """The request whose turn it is."""
-        _, turn, _, request = heappop(self.entries)
+        _, turn, _, request = self.entries.pop(0)
         self._turns[request.priority] = turn
         return request
 
@@ -63,12 +64,13 @@ class Line:
         """
         key, rows = first.plan.batch_key, first.plan.rows
         alike = []
-        while self.entries:
-            plan = self.entries[0][3].plan
-            rows += plan.rows
-            if plan.batch_key != key or rows > rows_max:
+        for _, turn, _, request in self.entries:
+            rows += request.plan.rows
+            if request.plan.batch_key != key or rows > rows_max:
                 break
-            alike.append(self.pop())
+            self._turns[request.priority] = turn
+            alike.append(request)
+        del self.entries[: len(alike)]
         return alike
 
     def hold_until_ns(self, rows_max: int, window_ns: int, run_ns: int) -> int:
@@ -95,7 +97,17 @@ class Line:
 
     def last(self) -> Request:
         """The one behind everybody else."""
-        return max(self.entries)[3]
+        return self.entries[-1][3]
+
+    def would_be_last(self, newcomer: Connection, priority: int) -> bool:
+        """Whether a request of this connection would stand behind everybody else."""
+        if not self.entries:
+            return True
+        return self._place(newcomer, priority) >= self.entries[-1][:2]
+
+    def _place(self, newcomer: Connection, priority: int) -> tuple[int, int]:
+        priority = min(priority, self._priority_max)
+        return -priority, max(newcomer.turns.get(priority, 0), self._turns[priority]) + 1
 
     def must_go(self, newcomer: Connection, priority: int, size_bytes: int) -> list[Request]:
         """The last in line, if they come behind the newcomer and their going frees so much.
@@ -103,11 +115,10 @@ class Line:
         Returns:
             Those to be refused in the newcomer's place, the last first; none: it must go itself.
         """
-        priority = min(priority, self._priority_max)
-        turn = max(newcomer.turns.get(priority, 0), self._turns[priority]) + 1
+        place = self._place(newcomer, priority)
         going: list[Request] = []
-        for entry in sorted(self.entries, reverse=True):
-            if entry[:2] <= (-priority, turn):
+        for entry in reversed(self.entries):
+            if entry[:2] <= place:
                 return []
             going.append(entry[3])
             size_bytes -= entry[3].plan.slot_bytes
@@ -117,9 +128,11 @@ class Line:
 
     def remove(self, requests: list[Request]) -> None:
         """Take these out; their connections get their turns back."""
-        gone = set(map(id, requests))
-        self.entries[:] = [entry for entry in self.entries if id(entry[3]) not in gone]
-        heapify(self.entries)
+        if len(requests) == 1 and requests[0] is self.entries[-1][3]:
+            self.entries.pop()  # who makes way for a newcomer
+        else:
+            gone = set(map(id, requests))
+            self.entries[:] = [entry for entry in self.entries if id(entry[3]) not in gone]
         for request in requests:
             request.connection.turns[request.priority] -= 1
 

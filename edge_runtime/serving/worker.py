@@ -47,10 +47,13 @@ class Worker:
         runners: int,
         batch_rows_max: int = 1,
         run_ms: float = 0.0,
+        batch_rows_tried: int = 0,
     ) -> None:
         self._control = control
         self._status = status
         self._rows_max = batch_rows_max
+        # Of batches in this thread: fewer than may be, where so many hold the loop up for too long.
+        self._rows_inline = batch_rows_tried or batch_rows_max
         self._window_ns = round(spec.batch_window_ms * 1e6) if batch_rows_max > 1 else 0
         self._hold_until_ns = 0  # a batch is being waited for until then; 0: none
         self._turn_ns_mean = 0.0  # a run of one or a batch: what is left of a deadline must hold it
@@ -65,7 +68,15 @@ class Worker:
         )
         self._line = self._admission.line
         self._pending = self._line.entries
-        self._intake = Intake(spec, planner, self._peers, self._admission, self._slots, self._admit)
+        self._intake = Intake(
+            spec,
+            planner,
+            self._peers,
+            self._admission,
+            self._slots,
+            self._admit,
+            lambda: self._cache is None and self._company.splitter is None,
+        )
         self._peers.resume = self._intake.parse
         self._peers.forget = self._admission.forget
         self._company = Company(
@@ -75,6 +86,7 @@ class Worker:
         if self._runners:
             self._epoll.register(self._runners.wake_fd, select.EPOLLIN)
         self._sweep_at_ns = 0
+        self._put_off = 0  # the connection with which the last turn stopped reading; 0: none
         self._stopping = False
         status[page.BATCH_ROWS_MAX] = batch_rows_max
 
@@ -84,19 +96,22 @@ class Worker:
         """Run until Stop, or until the supervisor is gone."""
         poll = self._epoll.poll
         intake, company, load = self._intake, self._company, self._admission
+        status = self._status
         connections, readable, flush = self._peers.by_fd, intake.readable, self._peers.flush
         control_fd = self._control.fileno()
         wake_fd = self._runners.wake_fd if self._runners else -1
         plain = self._runners is None and not self._window_ns  # one call less where each counts
         run_pending = self._run_next if plain else self._run_pending
         while not self._stopping:
-            wait_s = self._wait_s() if self._pending or intake.backlog else SWEEP_S
+            wait_s = self._wait_s() if self._pending else SWEEP_S
             ready = poll(company.wait_s(wait_s) if company.active else wait_s)
-            began_ns = _monotonic_ns()
-            if intake.backlog or load.refusals_left < admission.REFUSALS_A_TURN:
-                load.begin_turn()
-                intake.look_at_backlog()
+            status[page.LOOP_NS] = began_ns = _monotonic_ns()
+            if self._put_off:
+                ready = self._rotated(ready)
             for fd, events in ready:
+                if load.refusals and _monotonic_ns() - began_ns > admission.READ_NS_MAX:
+                    self._put_off = fd
+                    break
                 owner = connections.get(fd)
                 if owner is not None:
                     if events & select.EPOLLOUT:
@@ -112,16 +127,26 @@ class Worker:
                     self._collect()
                 else:
                     company.event(fd, events)
+            if load.refusals:
+                load.send_refusals()
             if self._pending:
+                read_ns = _monotonic_ns()
                 run_pending()
                 if self._pending and self._runners is None:
-                    self._run_on(began_ns)
+                    self._run_on(load.run_until_ns(began_ns, read_ns), read_ns)
             if company.active:
                 company.turn(self._idle())
-            now_ns = _monotonic_ns()
-            self._status[page.LOOP_NS] = now_ns
-            if now_ns > self._sweep_at_ns:
-                self._sweep(now_ns)
+                if load.refusals:
+                    load.send_refusals()
+            if began_ns > self._sweep_at_ns:
+                self._sweep(began_ns)
+
+    def _rotated(self, ready: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those first that the last turn had no time for: `epoll` always begins with the same."""
+        fds = [fd for fd, _ in ready]
+        at = fds.index(self._put_off) if self._put_off in fds else 0
+        self._put_off = 0
+        return ready[at:] + ready[:at]
 
     def _told(self) -> None:
         message, fds = channel.receive(self._control)
@@ -145,12 +170,11 @@ class Worker:
         if self._hold_until_ns:
             _doze(self._epoll.fileno(), max(self._hold_until_ns - _monotonic_ns(), 0) / 1e9)
             return 0
-        return SWEEP_S if self._runners and not self._intake.backlog else 0
+        return SWEEP_S if self._runners else 0
 
     def _idle(self) -> bool:
         runners = self._runners
-        waiting = self._pending or self._intake.backlog
-        return not waiting and (runners is None or runners.idle == runners.count)
+        return not self._pending and (runners is None or runners.idle == runners.count)
 
     def _sweep(self, now_ns: int) -> None:
         """Once a second: give back what nobody uses."""
@@ -200,11 +224,16 @@ class Worker:
             self._start_runners(self._runners)
             self._status[page.WAITING] = len(self._pending)
 
-    def _run_on(self, began_ns: int) -> None:
-        """Go on running what waits: most of a turn belongs to the model, not to refusing others."""
-        until_ns = self._admission.run_until_ns(began_ns, _monotonic_ns())
-        while self._pending and not self._hold_until_ns and _monotonic_ns() < until_ns:
+    def _run_on(self, until_ns: int, began_ns: int) -> None:
+        """Go on running what waits: most of a turn belongs to the model, not to refusing others.
+
+        Args:
+            until_ns: by when to end, if a run takes what the one that began at `began_ns` took.
+        """
+        now_ns = _monotonic_ns()
+        while self._pending and not self._hold_until_ns and 2 * now_ns - began_ns < until_ns:
             self._run_pending()
+            began_ns, now_ns = now_ns, _monotonic_ns()
 
     def _run_next(self) -> None:
         """Run whoever is next, and who runs along, here."""
@@ -213,11 +242,16 @@ class Worker:
         if request.deadline_ns and self._expired(request):
             return
         if self._pending and request.plan.batch_key is not None:
-            requests = self._gather(request, self._rows_max)
+            requests = self._gather(request, self._rows_inline)
             self._status[page.WAITING] = len(self._pending)
             if len(requests) > 1:
                 batch = self._batches.take(request.plan, self._rows_max)
-                self._finish_run(execute(requests, batch, self._status, page.RUN_BEGAN))
+                done = execute(requests, batch, self._status, page.RUN_BEGAN)
+                self._finish_run(done)
+                rows = sum(one.plan.rows for one in requests)
+                self._rows_inline = batching.inline_rows(
+                    min(self._rows_inline, self._rows_max), rows, done.run_ns, self._rows_max
+                )
                 return
         self._run_inline(request)
 

@@ -580,7 +580,13 @@ def test_a_model_too_slow_to_be_measured_at_load_is_not_batched_unasked() -> Non
     slow_us = batching.MEASURE_S_MAX * 1e6 / 6  # three rows alone, and then four twice
     choice = tried(run_us=0, row_us=slow_us)
     assert choice.rows_max == 1 and "batch_rows_max" in choice.reason
-    assert tried(run_us=0, row_us=slow_us, asked=8) == (8, "as configured")
+    assert tried(run_us=0, row_us=slow_us, asked=8) == (8, "as configured", 0)
+
+
+def test_what_there_was_no_time_to_try_is_tried_while_serving() -> None:
+    choice = tried(run_us=batching.MEASURE_S_MAX * 1e6 / 12, row_us=1)
+    assert (choice.rows_max, choice.tried) == (64, 4) and "no time" in choice.reason
+    assert tried(run_us=2, row_us=1).tried == 0, "64 was tried and not worth it"
 
 
 def test_the_measurement_keeps_its_time() -> None:

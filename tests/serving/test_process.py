@@ -9,7 +9,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from edge_runtime.serving.spec import GoldenFile, GoldenPair, WorkerSpec
 from edge_runtime.tensors import TensorSpec
 from edge_runtime.wire.reader import Frame, FrameReader
 
-from .rig import NumpyModel, answer_of, close_all, infer
+from .rig import Array, NumpyModel, answer_of, close_all, double_plus_one, infer
 
 WAIT_S_MAX = 30.0
 
@@ -114,8 +115,28 @@ def test_warm_up_runs_with_zeros_and_finds_the_outputs_of_a_free_shape(artifact:
     assert zeros["t"].tolist() == [b""]
     model = NumpyModel(lambda i: {"y": np.zeros((5, 4), np.float32)})
     spec = spec_of(artifact, warmup_runs=3)
-    run_ms, free = process._warm_up(model, spec)
-    assert free == {"y"} and run_ms >= 0 and len(model.ran) == 3
+    warm = process._warm_up(model, spec)
+    assert warm.free == {"y"} and warm.run_ms >= warm.fastest_ms >= 0 and len(model.ran) == 3
+
+
+def test_runs_that_compute_are_compared_by_processor_time_and_those_that_wait_by_the_clock(
+    artifact: Path,
+) -> None:
+    def computes(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        until_s = time.thread_time() + 0.002
+        while time.thread_time() < until_s:
+            pass
+        return double_plus_one(inputs)
+
+    def waits(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        time.sleep(0.002)  # a device at work
+        return double_plus_one(inputs)
+
+    clocks = [
+        process._warm_up(NumpyModel(function), spec_of(artifact, warmup_runs=8)).clock_ns
+        for function in (computes, waits)
+    ]
+    assert clocks == [time.thread_time_ns, process.monotonic_ns]
 
 
 # --- real processes -------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 # In flight while the peak is looked for: enough for runners and batches, fewer than the server's
-# default queue of 64; small ones too, because a short queue refuses the large ones.
+# default queue of 256; small ones too, because a short queue refuses the large ones.
 PEAK_IN_FLIGHT = (4, 16, 48)
 # Of the peak: the load of the calm before and after an overload. Not 1.0: a full queue that gets
 # exactly what it can serve stays full, and whatever the server does it never recovers. At half the

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 # Requests that wait for a connection or an answer, all together: some 5 MB here, and far more than
-# a server's queue (64 by default) and the sockets between hold. Beyond it the generator would
+# a server's queue (256 by default) and the sockets between hold. Beyond it the generator would
 # measure its own memory: further requests are `unsent` at once.
 OUTSTANDING_MAX = 16_384
 CONNECTIONS_MAX = 256  # a request's connection is kept in a byte, and select() takes 1024
