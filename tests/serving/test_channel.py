@@ -28,6 +28,7 @@ EVERY = [
     channel.Returned(False, b"", 9, (), 0, 1, (0, 0, 0)),
     channel.Drain(),
     channel.Promote(),
+    channel.Restrain(0.5, 3, "it is hot"),
     channel.Accompany(8, 1 << 63, 1 << 20, 0.1, 0.25),
     channel.Shares(1.0, 0.0),
     channel.Alone(),
