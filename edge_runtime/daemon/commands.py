@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -106,7 +107,7 @@ class Commands:
         if len(fds) != 1:
             raise RequestError(f"{len(fds)} descriptors came with install", expected="the bundle's")
         say({"event": "phase", "text": f"checking {arguments.filename}"})
-        generation, added = await self._copy_in(fds[0], arguments.filename, say)
+        generation, added = await self._copy_in(fds.pop(), arguments.filename, say)
         daemon = self._daemon
         daemon.know(generation.name)
         daemon.events.emit(
@@ -130,14 +131,18 @@ class Commands:
             deployment = daemon.deployment(generation.name)
             change = await deployment.activate(generation, "installed and activated")
             answer |= _describe_change(generation.name, change) | {"activated": True}
-        freed = await daemon.shelf.call(lambda store: store.collect_garbage())
-        if freed.size_bytes:
-            daemon.events.emit(
-                "garbage_collected", f"{freed.size_bytes} bytes", freed_bytes=freed.size_bytes
-            )
+        if not daemon.shelf.changing:  # else whoever installs now does it: no wait for that
+            freed = await daemon.shelf.call(lambda store: store.collect_garbage())
+            if freed.size_bytes:
+                daemon.events.emit(
+                    "garbage_collected", f"{freed.size_bytes} bytes", freed_bytes=freed.size_bytes
+                )
         return answer
 
     async def _copy_in(self, fd: int, filename: str, say: Say) -> tuple[Generation, bool]:
+        """Lint and copy, in a thread; `fd` is closed when that has ended, not when its caller has,
+        or it would read whatever got the number next.
+        """
         loop = asyncio.get_running_loop()
         limit = self._daemon.config.limits.bundle_bytes_max
         reported = 0
@@ -150,6 +155,12 @@ class Commands:
                 loop.call_soon_threadsafe(say, event)
 
         def step(store: Store) -> tuple[Generation, bool]:
+            try:
+                return copy(store)
+            finally:
+                close()
+
+        def copy(store: Store) -> tuple[Generation, bool]:
             # Needed at installs only: an idle daemon does without them.
             from edge_runtime.bundle import archive, lint
             from edge_runtime.bundle.source import from_path
@@ -173,6 +184,7 @@ class Commands:
                 raise
             return generation, not before
 
+        close = weakref.finalize(step, os.close, fd)  # once; also if the step never begins
         return await self._daemon.shelf.install(step)
 
     async def activate(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:

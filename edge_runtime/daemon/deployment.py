@@ -30,7 +30,7 @@ from edge_runtime.errors import (
 )
 from edge_runtime.serving import health
 from edge_runtime.serving.health import Death
-from edge_runtime.store import Generation, Switch
+from edge_runtime.store import Generation, Store, Switch
 
 # How many deaths are remembered: more than any sensible deaths_max.
 DEATHS_KEPT = 1000
@@ -117,7 +117,7 @@ class Deployment:
         async with self._superseding():
             worker, warm = await self._loaded(generation)
             try:
-                switch = await self._shelf.call(
+                switch = await self._shelf.switch(
                     lambda store: store.activate(self.name, generation.number, reason)
                 )
             except EdgeError:
@@ -134,15 +134,10 @@ class Deployment:
             ModelError: it does not load any more; the present one goes on.
         """
         async with self._superseding():
-            switch = await self._shelf.read(lambda store: store.current(self.name))
-            if switch.previous is None:
-                raise ConflictError(
-                    f"{self.name} has no previous generation", remedy="activate a version instead"
-                )
-            generation = await self._generation(switch.previous)
+            generation = await self._shelf.read(self._previous)
             worker, warm = await self._loaded(generation)
             try:
-                switch = await self._shelf.call(lambda store: store.rollback(self.name, reason))
+                switch = await self._shelf.switch(lambda store: store.rollback(self.name, reason))
             except EdgeError:
                 if not warm:  # what serves, or may be rolled back to, stays
                     await self._crew.stop(worker)
@@ -156,7 +151,7 @@ class Deployment:
             NotFoundError: the model is not installed.
         """
         async with self._superseding():
-            switch = await self._shelf.call(lambda store: store.deactivate(self.name))
+            switch = await self._shelf.switch(lambda store: store.deactivate(self.name))
             version = self.active.version if self.active else 0
             variant = self.worker.spec.variant if self.worker else ""
             workers = [worker for worker, _ in self.workers()]
@@ -165,6 +160,7 @@ class Deployment:
             self.active, self.state, self.reason = None, "stopped", "unloaded"
             moved = sum(await asyncio.gather(*(self._crew.hand_back(one) for one in workers)))
             freed = sum([await self._crew.stop(one) for one in workers])
+            await self._settle()
             self._parts.emit(
                 "model_unloaded", f"unloaded, {freed} bytes came back", freed_bytes=freed
             )
@@ -317,6 +313,21 @@ class Deployment:
     async def _generation(self, number: int) -> Generation:
         return await self._shelf.read(lambda store: store.generation(self.name, number))
 
+    def _previous(self, store: Store) -> Generation:
+        number = store.current(self.name).previous
+        if number is None:
+            raise ConflictError(
+                f"{self.name} has no previous generation", remedy="activate a version instead"
+            )
+        return store.generation(self.name, number)
+
+    async def _settle(self) -> None:
+        """Copy the switch, now that nobody waits for it. Without the copy it stands as well."""
+        try:
+            await self._shelf.switch(lambda store: store.settle(self.name))
+        except EdgeError as error:
+            self._parts.emit("switch_not_copied", str(error), level="warning", code=error.code)
+
     async def _loaded(self, generation: Generation) -> tuple[WorkerProcess, bool]:
         """A ready worker for a generation: the one at hand, or a new one."""
         for worker, _ in self.workers():
@@ -347,6 +358,7 @@ class Deployment:
         self._crew.note_leaving(*(one for one in before if one is not self._crew.warm))
         moved = sum(await asyncio.gather(*(self._crew.hand_back(one) for one in leaving)))
         swap_ms = (self._clock.monotonic_ns() - flipped_ns) / 1e6
+        await self._settle()
         freed = sum([await self._crew.stop(one) for one in before if one is not self._crew.warm])
         self._parts.emit(
             "model_activated",

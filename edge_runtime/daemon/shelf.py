@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from edge_runtime.bundle import manifest as manifests
 from edge_runtime.bundle.manifest import Manifest
@@ -20,15 +20,17 @@ T = TypeVar("T")
 class Shelf:
     """Serialises the daemon's use of its store.
 
-    Reads take turns with short changes, and go on during an install, which may copy for minutes:
-    whatever dies meanwhile is loaded again. (The store caches nothing, and an install shows only
-    when it is whole.)
+    Reads and switches take turns, and go on during an install, which may copy for minutes: whatever
+    dies meanwhile is loaded again, and another version can be made to serve. What removes things
+    waits for the install, because what that brings in is not named by anything yet. (The store
+    caches nothing, and an install shows only when it is whole.)
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._changes = asyncio.Lock()  # one change at a time, installs included
+        self._changes = asyncio.Lock()  # one install or removal at a time
         self._short = asyncio.Lock()  # one short step at a time
+        self._under_way: set[asyncio.Future[Any]] = set()
 
     async def call(self, step: Callable[[Store], T]) -> T:
         """Run `step(store)` in a thread, alone; a cancelled caller does not interrupt it."""
@@ -38,16 +40,42 @@ class Shelf:
         """The same for a step that changes nothing: it does not wait for an install."""
         return await self._run(step, self._short)
 
+    async def switch(self, step: Callable[[Store], T]) -> T:
+        """The same for a step that makes another version serve: it does not wait either."""
+        return await self._run(step, self._short)
+
     async def install(self, step: Callable[[Store], T]) -> T:
-        """The same for a step that installs: reads go on beside it."""
+        """The same for a step that installs: reads and switches go on beside it."""
         return await self._run(step, self._changes)
+
+    @property
+    def changing(self) -> bool:
+        """Whether an install or removal is under way; others may wait."""
+        return self._changes.locked()
+
+    def interrupt(self) -> None:
+        """Have an install under way give up; nothing is installed any more."""
+        self.store.interrupt()
+
+    async def close(self) -> None:
+        """Wait for every step to end, then unlock the store."""
+        self.interrupt()
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+        self.store.close()
 
     async def _run(self, step: Callable[[Store], T], *locks: asyncio.Lock) -> T:
         held: list[asyncio.Lock] = []
 
-        def release(_: object = None) -> None:
+        def release() -> None:
             for lock in held:
                 lock.release()
+
+        def ended(work: asyncio.Future[T]) -> None:  # which may be later than its caller
+            release()
+            self._under_way.discard(work)
+            if not work.cancelled():
+                work.exception()  # seen: a caller that is gone is not told
 
         try:
             for lock in locks:
@@ -57,7 +85,8 @@ class Shelf:
             release()
             raise
         work = asyncio.ensure_future(asyncio.to_thread(step, self.store))
-        work.add_done_callback(release)  # when it has ended, not when the caller has
+        self._under_way.add(work)
+        work.add_done_callback(ended)
         return await asyncio.shield(work)
 
     async def manifest(self, generation: Generation) -> Manifest:

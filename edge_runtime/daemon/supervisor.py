@@ -96,9 +96,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         self._tell_board()
-        store = self._open_store()
+        self.shelf = Shelf(self._open_store())
         try:
-            self.shelf = Shelf(store)
             self.templates = Templates(reaper, self.events, self.clock, self.statistics.watch)
             self.router = Router(self, self.config, self.events, self.clock)
             # Before anybody can ask: whoever started us by connecting must find the model known.
@@ -120,7 +119,7 @@ class Supervisor:
                 self._notify("STOPPING=1")
                 self.events.emit("daemon_stopping", "told to stop")
         finally:
-            store.close()
+            await self.shelf.close()
 
     def _tell_board(self) -> None:
         """Which device profile holds, and why."""
@@ -207,6 +206,7 @@ class Supervisor:
             self._notify(f"STATUS={pending} of {len(waiting)} models are still loading")
 
     async def _close(self, control: ControlServer) -> None:
+        self.shelf.interrupt()
         await control.close()
         self.router.closing = True
         await asyncio.gather(*(one.close() for one in self._deployments.values()))
@@ -296,7 +296,7 @@ class Supervisor:
 
     async def forget_removed(self) -> None:
         """Models of which nothing is installed any more."""
-        left = await self.shelf.call(lambda store: store.models())
+        left = await self.shelf.read(lambda store: store.models())
         for name in self._deployments.keys() - set(left):
             del self._deployments[name]
             self.statistics.forget(name)

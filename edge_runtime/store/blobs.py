@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from edge_runtime.errors import BundleError, NotFoundError, StorageError
+from edge_runtime.errors import BundleError, NotFoundError, StorageError, UnavailableError
 from edge_runtime.files import Files, discard, temporary
 from edge_runtime.store import generations
 from edge_runtime.store.generations import BlobRef
@@ -31,6 +31,7 @@ class Blobs:
     def __init__(self, files: Files, directory: Path) -> None:
         self._files = files
         self.directory = directory
+        self.interrupted = False  # set by another thread: whoever hashes or writes gives up
 
     def path(self, sha256: str) -> Path:
         """Where the blob is or would be."""
@@ -75,13 +76,14 @@ class Blobs:
         """Write a blob, replacing what bears its name.
 
         Raises:
+            UnavailableError: interrupted; nothing is left.
             BundleError: the chunks are not this blob; nothing is left.
             StorageError: a step failed, or the medium gave other bytes back; nothing is left.
         """
         path = self.path(blob.sha256)
         prepared = temporary(path)
         try:
-            self._files.write(prepared, _checked(blob, chunks, advance))
+            self._files.write(prepared, _checked(blob, self._until_interrupted(chunks), advance))
             self._files.sync(prepared)
             if self._digest(prepared, ignore) != (blob.sha256, blob.size_bytes):
                 raise StorageError(
@@ -109,11 +111,17 @@ class Blobs:
     def _digest(self, path: Path, advance: Advance) -> tuple[str, int]:
         hasher = hashlib.sha256()
         size_bytes = 0
-        for chunk in self._files.chunks(path):
+        for chunk in self._until_interrupted(self._files.chunks(path)):
             hasher.update(chunk)
             size_bytes += len(chunk)
             advance(len(chunk))
         return hasher.hexdigest(), size_bytes
+
+    def _until_interrupted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            if self.interrupted:
+                raise UnavailableError("interrupted: the daemon stops", remedy="install it again")
+            yield chunk
 
 
 def _checked(blob: BlobRef, chunks: Iterable[bytes], advance: Advance) -> Iterator[bytes]:

@@ -147,15 +147,25 @@ class Disk:
 
     # -- steps with more than one part
 
+    def turn_switch(self, switch: Switch) -> None:
+        """The slot that does not count: its rename is the switch. The other one keeps what was.
+
+        Until `write_switch` has made them equal, the loss of the newer slot, and nothing less,
+        would lead back to the switch before.
+        """
+        slots = self.slots(switch.name)
+        older = min(SLOTS, key=lambda slot: _sequence(slots[slot]))
+        write_atomic(self.files, self.model(switch.name) / older, records.encode(switch))
+
     def write_switch(self, switch: Switch) -> None:
         """Both slots, the one that does not count first: its rename is the switch.
 
-        The second is the copy that makes the loss of either harmless.
+        The second is the copy that makes the loss of either harmless. A slot that holds the record
+        is left alone.
         """
         slots = self.slots(switch.name)
-        newest = generations.winner(*slots.values())
         data = records.encode(switch)
-        for slot in sorted(SLOTS, key=lambda slot: slots[slot] == newest):
+        for slot in sorted(SLOTS, key=lambda slot: _sequence(slots[slot])):
             if slots[slot] != switch:
                 write_atomic(self.files, self.model(switch.name) / slot, data)
 
@@ -203,3 +213,8 @@ class Disk:
         for name in self.files.names(path):
             self.remove_tree(path / name)
         self.files.rmdir(path)
+
+
+def _sequence(slot: Switch | None) -> int:
+    """How new a slot is; a torn one is older than any."""
+    return -1 if slot is None else slot.sequence

@@ -84,7 +84,8 @@ class Store:
     """Installed models on disk.
 
     One process owns a root, by lock, between `open` and `close`; calls come from one thread at a
-    time. Nothing is cached: every answer is read from disk. After a StorageError from a call that
+    time, but that during an `install` another thread may read, switch and settle. Nothing is
+    cached: every answer is read from disk. After a StorageError from a call that
     changes something, the change stands or not, never half (`current` and `generations` tell), and
     the same call may be made again.
     """
@@ -105,6 +106,7 @@ class Store:
         self._unlock: Callable[[], None] | None = None
         # Models whose directories this process has synced since they last changed.
         self._chained: set[str] = set()
+        self._installing = ""  # the model of which a version is being installed
         self._installs = self._switches = self._written_bytes = self._freed_bytes = 0
 
     # -- opening
@@ -144,6 +146,10 @@ class Store:
             self._unlock()
             self._unlock = None
 
+    def interrupt(self) -> None:
+        """Have an install or verification under way in another thread give up soon, for good."""
+        self._directory.blobs.interrupted = True
+
     # -- installing
 
     def install(
@@ -169,6 +175,7 @@ class Store:
             TooLargeError: the manifest is over MANIFEST_SIZE_MAX, or there are too many blobs.
             BundleError: a blob is not what its digest and size say.
             ConflictError: the version is installed with other content.
+            UnavailableError: it was interrupted.
             StorageError: no room (nothing was written then), or a step failed.
         """
         sources = [BlobSource(*blob) for blob in blobs]
@@ -176,8 +183,27 @@ class Store:
         advance = _Meter(sum(blob.size_bytes for blob in generation.blobs), progress)
         missing = self._missing(generation, advance)
         self._check_room(generation, missing)
+        self._installing = name  # before: a switch that goes on beside it sees one of the two
         self._chained.discard(name)
-        self._disk.make_directory(self._disk.generations(name))
+        try:
+            self._bring_in(generation, manifest, missing, sources, advance)
+            self._disk.sync_chain(name)
+            self._chained.add(name)
+        finally:
+            self._installing = ""
+        self._installs += 1
+        return generation
+
+    def _bring_in(
+        self,
+        generation: Generation,
+        manifest: bytes,
+        missing: list[BlobRef],
+        sources: list[BlobSource],
+        advance: Advance,
+    ) -> None:
+        """Blobs, then the generation; if that fails, neither."""
+        self._disk.make_directory(self._disk.generations(generation.name))
         added = [blob for blob in missing if self._disk.blobs.size_bytes(blob.sha256) is None]
         try:
             self._add_blobs(missing, sources, advance)
@@ -185,10 +211,6 @@ class Store:
         except BaseException:
             self._withdraw(generation, added)
             raise
-        self._disk.sync_chain(name)
-        self._chained.add(name)
-        self._installs += 1
-        return generation
 
     def _plan(
         self, name: str, version: int, manifest: bytes, sources: list[BlobSource]
@@ -265,18 +287,22 @@ class Store:
         self._disk.files.rename(prepared, target)
 
     def _withdraw(self, generation: Generation, added: list[BlobRef]) -> None:
-        """Take back what a failed install wrote, as far as the disk lets us."""
+        """Take back what a failed install wrote, as far as the disk lets us.
+
+        A blob that another generation had lost stays: that one may serve by now.
+        """
         target = self._disk.generation(generation.name, generation.number)
         with contextlib.suppress(StorageError, NotFoundError):
             if self._disk.files.entry(target) is None:
                 self._disk.remove_tree(temporary(target))
-                for blob in added:
-                    discard(self._disk.files, self._disk.blobs.path(blob.sha256))
+                known = self._disk.survey().generations
+                for sha256 in generations.unreferenced((blob.sha256 for blob in added), known):
+                    discard(self._disk.files, self._disk.blobs.path(sha256))
 
     # -- switching
 
     def activate(self, name: str, generation: int, reason: str = "activated") -> Switch:
-        """Make an installed generation the one that serves; durable on return.
+        """Make an installed generation the one that serves; durable on return. See `settle`.
 
         Args:
             generation: its number.
@@ -341,14 +367,39 @@ class Store:
             return False
         return False
 
+    def settle(self, name: str) -> None:
+        """Make both slots hold what `activate`, `rollback` or `deactivate` decided.
+
+        They return when one slot has it, which is the switch: whoever waits for it need not wait
+        for the copy. Without this call `open`, a removal, or the same call again makes it.
+
+        Raises:
+            StorageError: a step failed; the switch stands all the same.
+        """
+        self._disk.write_switch(self._disk.switch(generations.check_name(name)))
+
     def _commit(self, switch: Switch) -> Switch:
-        if switch.name not in self._chained:  # what an earlier, interrupted call left only visible
-            self._disk.sync_chain(switch.name)
-            self._chained.add(switch.name)
-        if set(self._disk.slots(switch.name).values()) != {switch}:
+        """One slot, durable on return."""
+        self._chain(switch.name)
+        if self._disk.switch(switch.name) == switch:
+            # Nothing new; or it was written by a call that failed, so that only a copy is sure to
+            # be on the medium.
             self._disk.write_switch(switch)
+        else:
+            self._disk.turn_switch(switch)
             self._switches += 1
         return switch
+
+    def _chain(self, name: str) -> None:
+        """Sync what an earlier, interrupted call left only visible.
+
+        An install that goes on meanwhile may leave something behind still: then the next call does
+        it again.
+        """
+        if name not in self._chained:
+            self._disk.sync_chain(name)
+            if name != self._installing:
+                self._chained.add(name)
 
     # -- asking
 

@@ -30,6 +30,7 @@ from tests.daemon.world import (
     bundle,
     filled,
     infer_frame,
+    large_onnx_bundle,
     onnx_bundle,
     running,
     serve_command,
@@ -352,6 +353,65 @@ def test_sigterm_during_a_start_with_a_slow_model_ends_at_once(make_daemon):
     began_s = time.monotonic()
     daemon.stop()
     assert time.monotonic() - began_s < 2
+
+
+# --- beside a large install -----------------------------------------------------------------------
+
+
+class Installing:
+    """A bundle that takes a second to copy, being installed in a thread."""
+
+    def __init__(self, daemon) -> None:
+        path = large_onnx_bundle(daemon.bundles, "vast", 192 << 20)
+        self._daemon = daemon
+        self.failure: EdgeError | None = None
+        self._thread = threading.Thread(target=self._install, args=(path,))
+        self._thread.start()
+        until(self.copying)
+
+    def copying(self) -> bool:
+        """Whether a blob is on its way into the store."""
+        return any((self._daemon.state_dir / "blobs").glob(".tmp-*"))
+
+    def join(self) -> None:
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def _install(self, path) -> None:
+        try:
+            self._daemon.install(path, activate=False)
+        except EdgeError as error:
+            self.failure = error
+
+
+def test_another_model_switches_while_a_large_bundle_is_installed(make_daemon):
+    daemon = make_daemon().start()
+    for version in (1, 2):
+        daemon.add("nimble", version, scale=float(version))
+    installing = Installing(daemon)
+    daemon.control("rollback", name="nimble")
+    daemon.control("activate", name="nimble", version=2)
+    daemon.control("unload", name="nimble")
+    assert installing.copying()
+    daemon.control("activate", name="nimble", version=1)
+    installing.join()
+    assert installing.failure is None and daemon.infer("nimble") == 4.0
+    assert daemon.model("vast")["installed"] == [1]
+
+
+def test_sigterm_during_a_large_install_ends_it_and_leaves_nothing_of_it(make_daemon):
+    daemon = make_daemon().start()
+    installing = Installing(daemon)
+    began_s = time.monotonic()
+    daemon.stop()
+    print(f"stopped in {time.monotonic() - began_s:.2f} s with a bundle of 192 MiB on its way in")
+    installing.join()
+    assert installing.failure is not None
+    assert (
+        list((daemon.state_dir / "blobs").iterdir()) == []
+    )  # its thread tidied up, and then ended
+    daemon.start()
+    assert daemon.control("models")["models"] == []
 
 
 def daemon_control(daemon, timeout_s):

@@ -50,6 +50,11 @@ class Steps:
     ("first", "second", "waits"),
     [
         ("install", "read", False),
+        ("install", "switch", False),
+        ("switch", "install", False),
+        ("switch", "read", True),
+        ("switch", "call", True),
+        ("call", "switch", True),
         ("install", "call", True),
         ("install", "install", True),
         ("call", "read", True),
@@ -58,7 +63,7 @@ class Steps:
         ("read", "install", False),
     ],
 )
-def test_only_reads_and_installs_go_on_beside_each_other(
+def test_only_an_install_goes_on_beside_reads_and_switches(
     first: str, second: str, waits: bool
 ) -> None:
     async def scenario() -> None:
@@ -70,7 +75,7 @@ def test_only_reads_and_installs_go_on_beside_each_other(
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("first", ["call", "read", "install"])
+@pytest.mark.parametrize("first", ["call", "read", "switch", "install"])
 def test_a_step_whose_caller_was_cancelled_still_keeps_others_waiting(first: str) -> None:
     async def scenario() -> None:
         steps = Steps()
@@ -96,5 +101,38 @@ def test_a_caller_cancelled_while_it_waits_leaves_nothing_locked() -> None:
         steps.go_on.set()
         assert await task == "done"
         assert await asyncio.wait_for(steps.shelf.call(lambda _: "free"), LONG_S) == "free"
+
+    asyncio.run(scenario())
+
+
+class Closable:
+    """A store that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def interrupt(self) -> None:
+        self.told.append("interrupt")
+
+    def close(self) -> None:
+        self.told.append("close")
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_the_store_is_unlocked_when_every_step_has_ended(cancelled: bool) -> None:
+    async def scenario() -> None:
+        store = Closable()
+        steps = Steps()
+        steps.shelf = Shelf(cast(Store, store))
+        task = await steps.under_way(steps.shelf.install(step(steps.began, steps.go_on)))
+        if cancelled:  # whoever asked for it is gone, the thread is not
+            task.cancel()
+        closing = asyncio.create_task(steps.shelf.close())
+        await asyncio.wait([closing], timeout=SOON_S)
+        assert store.told == ["interrupt"] and not closing.done()
+        steps.go_on.set()
+        await asyncio.wait_for(closing, LONG_S)
+        assert store.told[-1] == "close"
+        await asyncio.wait([task])
 
     asyncio.run(scenario())

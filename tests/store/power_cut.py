@@ -31,6 +31,7 @@ LIFE: tuple[Callable[[Store], object], ...] = (
     lambda store: world.install(store, 2),
     lambda store: world.activate(store, 2),
     lambda store: store.rollback(NAME),
+    lambda store: store.settle(NAME),
     lambda store: store.remove(NAME, 2),
     lambda store: store.deactivate(NAME),
     lambda store: store.collect_garbage(byte_budget=0),

@@ -58,13 +58,12 @@ def test_a_rotten_or_torn_slot_never_wins_and_is_repaired(
     record_points("rotten switch slots", len(variants))
 
 
-def test_rot_of_the_newest_slot_between_its_two_writes_gives_the_older_state(filled: Path) -> None:
-    model = filled / "models" / NAME
-    older = (model / "switch.a").read_bytes()
+def test_rot_of_the_newest_slot_before_its_copy_is_made_gives_the_older_state(filled: Path) -> None:
     with world.opened(filled) as store:
+        older = (filled / "models" / NAME / "switch.b").read_bytes()
         store.rollback(NAME)
-    (model / "switch.b").write_bytes(older)
-    world.truncate_to_half(model / "switch.a")
+    assert (filled / "models" / NAME / "switch.b").read_bytes() == older
+    world.truncate_to_half(filled / "models" / NAME / "switch.a")
     assert world.seen(filled)[:2] == (2, 1)
 
 

@@ -26,7 +26,7 @@ from edge_runtime.errors import (
 from edge_runtime.files import SystemFiles
 from edge_runtime.store import BlobSource, Store, driver
 from tests.store import world
-from tests.store.world import CHANGES, NAME, Step, WatchedFiles
+from tests.store.world import CHANGES, NAME, Fault, Step, WatchedFiles
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -230,6 +230,12 @@ class TestRefusals:
         second.close()
 
 
+def _active(root: Path) -> list[bytes]:
+    """What each slot says is active."""
+    slots = [(root / "models" / NAME / slot).read_bytes() for slot in ("switch.a", "switch.b")]
+    return [data[data.index(b'"active"') :].partition(b",")[0] for data in slots]
+
+
 class TestSwitching:
     @pytest.fixture(autouse=True)
     def three_versions(self, store: Store) -> None:
@@ -274,17 +280,45 @@ class TestSwitching:
         assert store.current("other").active is None
         assert store.activate("other", 1).sequence == 1
 
-    def test_both_slots_hold_the_switch(self, store: Store, root: Path) -> None:
+    def test_one_slot_holds_the_switch_and_both_when_it_is_settled(
+        self, store: Store, root: Path
+    ) -> None:
+        store.activate(NAME, 1)
+        store.settle(NAME)
+        store.activate(NAME, 2)
+        assert _active(root) == [b'"active":2', b'"active":1']
+        store.settle(NAME)
+        assert _active(root) == [b'"active":2', b'"active":2']
+
+    def test_switches_that_nobody_settled_take_turns_in_the_slots(
+        self, store: Store, root: Path
+    ) -> None:
         store.activate(NAME, 1)
         store.activate(NAME, 2)
-        slots = [(root / "models" / NAME / slot).read_bytes() for slot in ("switch.a", "switch.b")]
-        assert slots[0] == slots[1]
-        assert b'"active":2' in slots[0]
+        assert _active(root) == [b'"active":1', b'"active":2']
+        store.activate(NAME, 3)
+        assert _active(root) == [b'"active":3', b'"active":2']
+
+    def test_a_copy_that_fails_leaves_the_switch_and_is_made_later(
+        self, store: Store, root: Path
+    ) -> None:
+        world.activate(store, 1)
+        store.close()
+        fault = Fault(1, "torn")
+        with world.opened(root, WatchedFiles(fault.around)) as watched:
+            watched.activate(NAME, 2)
+            fault.armed = True
+            with pytest.raises(StorageError):
+                watched.settle(NAME)
+            fault.armed = False
+            assert watched.current(NAME).active == 2
+            watched.activate(NAME, 2)  # the same again: what is missing is done
+            assert _active(root) == [b'"active":2', b'"active":2']
 
     def test_the_slot_that_does_not_count_is_written_first(self, store: Store, root: Path) -> None:
-        store.activate(NAME, 1)
+        world.activate(store, 1)
         older = (root / "models" / NAME / "switch.a").read_bytes()
-        store.activate(NAME, 2)
+        world.activate(store, 2)
         store.close()
         for stale in ("switch.a", "switch.b"):
             written: list[str] = []
@@ -297,8 +331,8 @@ class TestSwitching:
             with world.opened(root, WatchedFiles(around)) as watched:
                 (root / "models" / NAME / stale).write_bytes(older)
                 watched.activate(NAME, 3)
-                assert written[0] == f".tmp-{stale}"
-                watched.activate(NAME, 2)
+                assert written == [f".tmp-{stale}"]
+                world.activate(watched, 2)
 
     @pytest.mark.parametrize("damage", ["missing", "short", "manifest"])
     def test_a_damaged_generation_is_not_activated(self, store: Store, damage: str) -> None:

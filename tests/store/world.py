@@ -41,6 +41,13 @@ def install(store: Store, version: int, name: str = NAME) -> None:
 
 
 def activate(store: Store, version: int, name: str = NAME) -> None:
+    """The switch and its copy, as the daemon makes them."""
+    switch(store, version, name)
+    store.settle(name)
+
+
+def switch(store: Store, version: int, name: str = NAME) -> None:
+    """Without the copy: one slot has it, as when power went just then."""
     store.activate(name, store.find(name, version).number)
 
 
@@ -131,6 +138,11 @@ def _switched(store: Store) -> None:
     activate(store, 3)
 
 
+def _one_slot(store: Store) -> None:
+    _waiting(store)
+    switch(store, 3)
+
+
 def _unloaded(store: Store) -> None:
     _switched(store)
     store.deactivate(NAME)
@@ -163,6 +175,10 @@ OPERATIONS = {
     "first activate": Operation(_one, lambda store: activate(store, 1)),
     "activate": Operation(_waiting, lambda store: activate(store, 3)),
     "rollback": Operation(_switched, _rollback),
+    "settle": Operation(_one_slot, lambda store: store.settle(NAME)),
+    "activate before it was settled": Operation(_one_slot, lambda store: activate(store, 2)),
+    "rollback before it was settled": Operation(_one_slot, _rollback),
+    "remove before it was settled": Operation(_one_slot, _remove),
     "deactivate": Operation(_switched, lambda store: store.deactivate(NAME)),
     "remove": Operation(_switched, _remove),
     "collect garbage": Operation(_switched, _collect),
