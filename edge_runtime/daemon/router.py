@@ -255,11 +255,14 @@ class Router:
         visitor.stray = fds[1 + len(numbers) :]
         visitor.skip = message.skip
         visitor.buffer += residual
-        self._admit(visitor)
+        sock.setblocking(False)
+        self._visitors[sock.fileno()] = visitor
         if self.closing:
             self._drop(visitor)
-        elif visitor.buffer:
-            self._progress(visitor)
+            return
+        self._progress(visitor)  # most go on at once: they are watched only if they stay
+        if self._here(visitor) and not visitor.parked:
+            self._loop.add_reader(sock.fileno(), self._readable, visitor)
 
     def _readable(self, visitor: Visitor) -> None:
         wanted = min(visitor.skip, CHUNK_SIZE) or self._wanted(visitor)
