@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from edge_runtime.bundle import manifest as manifests
@@ -31,22 +32,26 @@ class Shelf:
         self._changes = asyncio.Lock()  # one install or removal at a time
         self._short = asyncio.Lock()  # one short step at a time
         self._under_way: set[asyncio.Future[Any]] = set()
+        # A thread each, kept: every further one would have a heap of its own that never shrinks.
+        self._thread, self._copier = (
+            ThreadPoolExecutor(1, name) for name in ("store", "store-copier")
+        )
 
     async def call(self, step: Callable[[Store], T]) -> T:
         """Run `step(store)` in a thread, alone; a cancelled caller does not interrupt it."""
-        return await self._run(step, self._changes, self._short)
+        return await self._run(self._thread, step, self._changes, self._short)
 
     async def read(self, step: Callable[[Store], T]) -> T:
         """The same for a step that changes nothing: it does not wait for an install."""
-        return await self._run(step, self._short)
+        return await self._run(self._thread, step, self._short)
 
     async def switch(self, step: Callable[[Store], T]) -> T:
         """The same for a step that makes another version serve: it does not wait either."""
-        return await self._run(step, self._short)
+        return await self._run(self._thread, step, self._short)
 
     async def install(self, step: Callable[[Store], T]) -> T:
         """The same for a step that installs: reads and switches go on beside it."""
-        return await self._run(step, self._changes)
+        return await self._run(self._copier, step, self._changes)
 
     @property
     def changing(self) -> bool:
@@ -64,7 +69,9 @@ class Shelf:
             await asyncio.wait(self._under_way)
         self.store.close()
 
-    async def _run(self, step: Callable[[Store], T], *locks: asyncio.Lock) -> T:
+    async def _run(
+        self, thread: ThreadPoolExecutor, step: Callable[[Store], T], *locks: asyncio.Lock
+    ) -> T:
         held: list[asyncio.Lock] = []
 
         def release() -> None:
@@ -84,7 +91,7 @@ class Shelf:
         except BaseException:
             release()
             raise
-        work = asyncio.ensure_future(asyncio.to_thread(step, self.store))
+        work = asyncio.get_running_loop().run_in_executor(thread, step, self.store)
         self._under_way.add(work)
         work.add_done_callback(ended)
         return await asyncio.shield(work)
