@@ -105,6 +105,12 @@ class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     connections_max: Annotated[
         int, _number(1, 16384, "connections", "each costs a descriptor and a buffer")
     ] = 256
+    connections_per_user_max: Annotated[
+        int,
+        _number(
+            1, 16384, "connections", "of one uid: a program in a loop must leave room for others"
+        ),
+    ] = 192
     connection_idle_header_s: Annotated[
         float, _number(0.1, 3600, "s", "a first frame, once begun, may take so long to arrive")
     ] = 5.0

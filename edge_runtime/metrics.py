@@ -94,6 +94,8 @@ class Metric(NamedTuple):
 
 # A series of these is one variant of one version of a model.
 WORKER = ("model", "version", "variant", "backend")
+# A series of these is a candidate beside the version that serves, or the last one.
+TRIAL = ("model", "version")
 OUTCOMES = ("ok", "invalid", "failed", "refused", "expired", "cancelled")
 
 METRICS: dict[str, Metric] = {
@@ -148,6 +150,37 @@ METRICS: dict[str, Metric] = {
     ),
     "edge_worker_private_bytes": Metric(
         "gauge", WORKER, "memory of the workers that their end would give back"
+    ),
+    "edge_trial_running": Metric("gauge", TRIAL, "1: the candidate runs; 0: its trial has ended"),
+    "edge_trial_share": Metric(
+        "gauge",
+        (*TRIAL, "way"),
+        "share of the answers that the candidate is shown (shadow), of the requests that it gets "
+        "(split)",
+    ),
+    "edge_trial_shown_total": Metric("counter", TRIAL, "answers passed on with their inputs"),
+    "edge_trial_dropped_total": Metric(
+        "counter",
+        (*TRIAL, "reason"),
+        "of the sample, not passed on: full (the candidate lags), large (over half of the queue), "
+        "skipped (an output overwrites its input)",
+    ),
+    "edge_trial_compared_total": Metric("counter", TRIAL, "answers that both versions gave"),
+    "edge_trial_disagreed_total": Metric("counter", TRIAL, "of those, not equal within tolerance"),
+    "edge_trial_errors_total": Metric("counter", TRIAL, "of those shown, runs that failed"),
+    "edge_trial_run_duration_seconds": Metric(
+        "histogram",
+        (*TRIAL, "side"),
+        "of runs for the requests compared: stable (alone, not in a batch), candidate",
+    ),
+    "edge_trial_requests_total": Metric(
+        "counter",
+        (*TRIAL, "outcome"),
+        "requests given to the candidate: answered by it, or by the version that serves because "
+        "it was held (busy), too_slow, refused, lost",
+    ),
+    "edge_trial_round_trip_seconds": Metric(
+        "histogram", TRIAL, "of requests that the candidate answered: passed on to answered"
     ),
     "edge_swaps_total": Metric(
         "counter", ("model",), "changes of the serving version: activations and rollbacks"

@@ -347,7 +347,7 @@ class Commands:
             "variant": spec.variant,
             "backend": spec.backend,
             "state": state if worker.serving else worker.phase,
-            "connections": status[page.CONNECTIONS],
+            "connections": worker.connections(),
             "requests": status[page.REQUESTS],
             "errors": status[page.ERRORS],
             "refused": status[page.REFUSED],

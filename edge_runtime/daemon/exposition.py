@@ -7,7 +7,7 @@ nothing. Keys of the document are in docs/metrics.md, names of metrics in `metri
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from edge_runtime.daemon.supervisor import Supervisor
     from edge_runtime.store import StoreStatistics
 
-# What a model's worker has now: sample name -> its word.
-_GAUGES = {"edge_connections": page.CONNECTIONS, "edge_requests_waiting": page.WAITING}
+# What a model's worker has now, by the name of the sample.
+_GAUGES: dict[str, Callable[[WorkerProcess], int]] = {
+    "edge_connections": lambda worker: worker.connections(),
+    "edge_requests_waiting": lambda worker: worker.status[page.WAITING],
+}
 
 
 # --- the document ---------------------------------------------------------------------------------
@@ -66,7 +69,7 @@ def model_document(daemon: Supervisor, name: str, *, buckets: bool) -> dict[str,
     )
     return counted | {
         "workers": len(running),
-        "connections": sum(worker.status[page.CONNECTIONS] for worker in running),
+        "connections": sum(worker.connections() for worker in running),
         "waiting": sum(worker.status[page.WAITING] for worker in running),
         "rss_bytes": sum(size.rss_bytes for size in sizes),
         "pss_bytes": sum(size.pss_bytes for size in sizes),
@@ -86,6 +89,7 @@ async def text(daemon: Supervisor) -> str:
             *(daemon.governor.samples() if daemon.config.governor.enabled else ()),
             *_models(daemon),
             *_workers(daemon),
+            *_trials(daemon),
             *daemon.statistics.samples(daemon.models()),
         ]
     )
@@ -115,20 +119,27 @@ def _workers(daemon: Supervisor) -> Iterator[Sample]:
     grouped: dict[Series, list[WorkerProcess]] = {}
     for worker, series in daemon.statistics.workers().items():
         grouped.setdefault(series, []).append(worker)
-    active = {one.worker for one in daemon.deployments()}
+    roles = {worker: role for one in daemon.deployments() for worker, role in one.workers()}
     for series, workers in grouped.items():
-        for info in {_info(one, "active" if one in active else "warm") for one in workers}:
+        for info in {_info(one, roles.get(one, "leaving")) for one in workers}:
             yield Sample("edge_worker_info", (*series, *info), 1)
         fell_back = any(one.report is not None and one.report.cpu_fallback for one in workers)
         yield Sample("edge_worker_cpu_fallback", series, int(fell_back))
-        for name, word in _GAUGES.items():
-            yield Sample(name, series, sum(worker.status[word] for worker in workers))
+        for name, value in _GAUGES.items():
+            yield Sample(name, series, sum(value(worker) for worker in workers))
         yield from _memory(series, [memory.of(worker.pid) for worker in workers if worker.pid])
 
 
 def _info(worker: WorkerProcess, state: str) -> tuple[str, str, str]:
     """Backend version, device, state."""
     return worker.backend_version, worker.device, state if worker.serving else worker.phase
+
+
+def _trials(daemon: Supervisor) -> Iterator[Sample]:
+    """Of each model's candidate, or the last one."""
+    for one in daemon.deployments():
+        if one.trial is not None:
+            yield from one.trial.samples()
 
 
 def _memory(series: Series, sizes: list[Memory]) -> Iterator[Sample]:

@@ -8,11 +8,12 @@ event loop.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,7 @@ class Line:
         self._loop = loop
         self._receive = receive
         self._queue: deque[tuple[channel.Message, list[int]]] = deque()
+        self._crowded = False  # why the first of the queue waits (channel.send)
         loop.add_reader(sock.fileno(), self._readable)
 
     def send(self, message: channel.Message, fds: list[int] | None = None) -> bool:
@@ -106,14 +108,24 @@ class Line:
         if self._sock.fileno() < 0:
             return False
         self._queue.append((message, fds))
-        self._loop.add_writer(self._sock.fileno(), self._writable)
+        if len(self._queue) == 1:
+            self._wait()
         return True
+
+    def _wait(self) -> None:
+        """Go on when there is room: in the socket, or among the descriptors on their way."""
+        if self._crowded:
+            self._loop.remove_writer(self._sock.fileno())
+            self._loop.call_later(channel.CROWDED_PAUSE_S, self._writable)
+        else:
+            self._loop.add_writer(self._sock.fileno(), self._writable)
 
     def _try(self, message: channel.Message, fds: list[int]) -> bool:
         """Whether it is dealt with: sent, or the peer is gone."""
         try:
             channel.send(self._sock, message, fds)
-        except BlockingIOError:
+        except BlockingIOError as error:
+            self._crowded = error.errno == errno.ETOOMANYREFS
             return False
         except OSError:
             sockets.close_fds(fds)
@@ -127,6 +139,7 @@ class Line:
             message, fds = self._queue.popleft()  # before: a failure closes those in the queue
             if not self._try(message, fds):
                 self._queue.appendleft((message, fds))
+                self._wait()
                 return
         if self._sock.fileno() >= 0:
             self._loop.remove_writer(self._sock.fileno())
@@ -192,6 +205,7 @@ class WorkerProcess:
         self._oom_kills = deque([memory.oom_kills()], maxlen=OOM_SAMPLES)
         self._drained: asyncio.Future[int] | None = None
         self._restraint = channel.Restrain()
+        self._given: Counter[int] = Counter()  # connections by uid, less those that came back
         ours, self._theirs = channel.pair()
         self._line = Line(ours, loop, self._receive)
         self._page_fd = page.create()
@@ -236,7 +250,17 @@ class WorkerProcess:
 
     def adopt(self, message: channel.Adopt, fds: list[int]) -> bool:
         """Hand a connection over; the descriptors are the line's to close. False: it is gone."""
+        self._given[message.peer[1]] += 1
         return self._line.send(message, fds)
+
+    def connections(self) -> int:
+        """How many it has, as it says; not more than it may have."""
+        said: int = self.status[page.CONNECTIONS]
+        return min(said, self._given.total())
+
+    def connections_of(self, uid: int) -> int:
+        """The same of one user."""
+        return min(page.connections_of(self.status, uid), self._given[uid])
 
     def tell(self, message: channel.Message, fds: list[int] | None = None) -> None:
         """Send a message; the descriptors are the line's to close."""
@@ -292,6 +316,8 @@ class WorkerProcess:
 
     def _receive(self, message: channel.Message, fds: list[int]) -> None:
         if isinstance(message, channel.Returned):
+            uid = message.peer[1]
+            self._given[uid] = max(self._given[uid] - 1, 0)
             self._returned(message, fds)
             return
         sockets.close_fds(fds)

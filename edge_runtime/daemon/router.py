@@ -11,6 +11,7 @@ import asyncio
 import os
 import select
 import socket
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -84,6 +85,9 @@ class Directory(Protocol):
     def connections(self) -> int:
         """Connections that workers have now."""
 
+    def connections_of(self, uid: int) -> int:
+        """Those of one user."""
+
 
 class Visitor:
     """A connection while the daemon has it."""
@@ -129,6 +133,7 @@ class Router:
         self._loop = asyncio.get_running_loop()
         self._listeners: dict[str, socket.socket] = {}
         self._visitors: dict[int, Visitor] = {}
+        self._visitors_of: Counter[int] = Counter()  # by uid
         self._uid = os.geteuid()
         # Of those that wait for a model: epoll reports a hang-up even if nothing is asked of it.
         self._hang_ups = select.epoll()
@@ -203,31 +208,47 @@ class Router:
                 sock.close()
                 continue
             visitor = Visitor(sock, peer, own)
-            if self._full() and peer.pid != os.getpid():  # a crowd must not starve the watchdog
-                error_too_many = OverloadedError(
-                    "too many connections",
-                    expected=f"<= {self._limits.connections_max} (limits.connections_max)",
-                    retry_after_s=0.1,
-                )
-                self._say(visitor, messages.encode_error(error_too_many))
+            refusal = self._refusal(peer)
+            if refusal is not None:
+                self._say(visitor, messages.encode_error(refusal))
                 sock.close()
                 self.refused += 1
                 continue
             self._admit(visitor)
 
-    def _full(self) -> bool:
-        connections = len(self._visitors) + self._directory.connections()
-        return connections >= self._limits.connections_max
+    def _refusal(self, peer: PeerCredentials) -> OverloadedError | None:
+        """Why there is no room for one more connection, of this user or at all; None: there is."""
+        if peer.pid == os.getpid():  # a crowd must not starve the watchdog
+            return None
+        limits = self._limits
+        if len(self._visitors) + self._directory.connections() >= limits.connections_max:
+            return OverloadedError(
+                "too many connections",
+                expected=f"<= {limits.connections_max} (limits.connections_max)",
+                retry_after_s=0.1,
+            )
+        theirs = self._visitors_of[peer.uid] + self._directory.connections_of(peer.uid)
+        if theirs >= limits.connections_per_user_max:
+            return OverloadedError(
+                f"too many connections of user {peer.uid}",
+                expected=f"<= {limits.connections_per_user_max} (limits.connections_per_user_max)",
+                remedy="keep connections and use them for many requests",
+                retry_after_s=0.1,
+            )
+        return None
 
     def _resume_accept(self, listener: socket.socket, own: str) -> None:
         if listener.fileno() >= 0:
             self._loop.add_reader(listener.fileno(), self._accept, listener, own)
 
     def _admit(self, visitor: Visitor) -> None:
+        self._enter(visitor)
+        self._loop.add_reader(visitor.sock.fileno(), self._readable, visitor)
+
+    def _enter(self, visitor: Visitor) -> None:
         visitor.sock.setblocking(False)
-        fd = visitor.sock.fileno()
-        self._visitors[fd] = visitor
-        self._loop.add_reader(fd, self._readable, visitor)
+        self._visitors[visitor.sock.fileno()] = visitor
+        self._visitors_of[visitor.peer.uid] += 1
 
     # -- reading ----------------------------------------------------------------------------------
 
@@ -255,8 +276,7 @@ class Router:
         visitor.stray = fds[1 + len(numbers) :]
         visitor.skip = message.skip
         visitor.buffer += residual
-        sock.setblocking(False)
-        self._visitors[sock.fileno()] = visitor
+        self._enter(visitor)
         if self.closing:
             self._drop(visitor)
             return
@@ -487,6 +507,7 @@ class Router:
         fd = visitor.sock.fileno()
         if self._visitors.pop(fd, None) is not None:
             self._loop.remove_reader(fd)
+            self._visitors_of[visitor.peer.uid] -= 1
         self._wait_no_more(visitor)
 
     def _drop(self, visitor: Visitor) -> None:

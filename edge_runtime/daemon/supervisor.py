@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from edge_runtime.daemon.statistics import Statistics
 from edge_runtime.errors import EdgeError, NotFoundError, UnavailableError
 from edge_runtime.events import Events, Level, LevelSink, RingSink, TeeSink, sink_for
 from edge_runtime.files import SystemFiles
-from edge_runtime.serving import page, sandbox
+from edge_runtime.serving import sandbox
 from edge_runtime.store import Store
 from edge_runtime.wire import frames, messages, sockets
 from edge_runtime.wire.frames import Kind
@@ -348,5 +349,10 @@ class Supervisor:
         return all(one.state in ("ready", "idle", "stopped") for one in self._deployments.values())
 
     def connections(self) -> int:
-        workers = [worker for one in self._deployments.values() for worker, _ in one.workers()]
-        return sum(worker.status[page.CONNECTIONS] for worker in workers)
+        return sum(worker.connections() for worker in self._workers())
+
+    def connections_of(self, uid: int) -> int:
+        return sum(worker.connections_of(uid) for worker in self._workers())
+
+    def _workers(self) -> Iterator[WorkerProcess]:
+        return (worker for one in self._deployments.values() for worker, _ in one.workers())

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from edge_runtime import tensors
 from edge_runtime.clock import Clock
 from edge_runtime.daemon.processes import WorkerProcess
 from edge_runtime.errors import RequestError
+from edge_runtime.metrics import Sample
 from edge_runtime.serving import channel, page, routing, trial
 from edge_runtime.wire import regions
 
@@ -158,6 +160,14 @@ class Trial:
                 self._pages[0], self._pages[1], [output.name for output in spec.outputs]
             ),
         }
+
+    def samples(self) -> Iterator[Sample]:
+        """State and numbers, for Prometheus."""
+        labels = self.candidate.spec.model, str(self.version)
+        yield Sample("edge_trial_running", labels, int(self.live))
+        yield Sample("edge_trial_share", (*labels, "shadow"), self.shadow_share * self.live)
+        yield Sample("edge_trial_share", (*labels, "split"), self.split_share * self.live)
+        yield from trial.samples(self._pages[0], self._pages[1], labels)
 
 
 def check_share(share: float) -> float:

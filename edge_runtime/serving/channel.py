@@ -8,8 +8,10 @@ end of file. What does not fit a packet (bytes already read of a large frame) ri
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
+import time
 from typing import Any
 
 import msgspec
@@ -19,6 +21,10 @@ from edge_runtime.errors import UnavailableError
 # One packet must fit the default socket buffer (net.core.wmem_default, 208 KiB) with room to spare.
 PACKET_SIZE_MAX = 96 * 1024
 RESIDUAL_INLINE_MAX = 32 * 1024  # more goes by memfd
+# Too many descriptors are on their way: the kernel does not tell when there are fewer. A receiver
+# that lives takes a message within microseconds.
+CROWDED_PAUSE_S = 0.001
+CROWDED_S_MAX = 5.0
 TEMPLATE_FD = 3  # where a template finds its end
 # A connection, its 16 regions and a residual; the kernel's own limit is 253 (SCM_MAX_FD).
 DESCRIPTORS_MAX = 32
@@ -230,8 +236,9 @@ def send(sock: socket.socket, message: Message, fds: list[int] | None = None) ->
     """Send one message and duplicates of `fds`; the caller keeps its own.
 
     Raises:
-        OSError: the peer is gone (BrokenPipeError) or, for a non-blocking channel, its queue is
-        full.
+        BlockingIOError: a non-blocking channel is full. With errno ETOOMANYREFS: the kernel allows
+            this user no more descriptors on their way (RLIMIT_NOFILE), until others are received.
+        OSError: the peer is gone, or a blocking channel was crowded for CROWDED_S_MAX.
     """
     packet = _encoder.encode(message)
     assert len(packet) <= PACKET_SIZE_MAX, f"{type(message).__name__} of {len(packet)} bytes"
@@ -239,7 +246,19 @@ def send(sock: socket.socket, message: Message, fds: list[int] | None = None) ->
     if fds:
         assert len(fds) <= DESCRIPTORS_MAX
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-    sock.sendmsg([packet], ancillary)
+    give_up_s = time.monotonic() + CROWDED_S_MAX
+    while True:
+        try:
+            sock.sendmsg([packet], ancillary)
+            return
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+            if not sock.getblocking():
+                raise BlockingIOError(error.errno, error.strerror) from error
+            if time.monotonic() >= give_up_s:
+                raise
+            time.sleep(CROWDED_PAUSE_S)
 
 
 def receive(sock: socket.socket) -> tuple[Message | None, list[int]]:

@@ -319,7 +319,7 @@ class Intake:
             if not self._ours(ref.model_name, ref.model_version):
                 self._peers.leave(owner)
                 return True
-            answer = asides.reply(self._spec, owner, kind, header)
+            answer = asides.reply(self._spec, owner, kind, header, self._peers.descriptors_of)
         except MalformedError:
             self._malformed(owner)
             return False

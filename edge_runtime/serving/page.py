@@ -39,7 +39,12 @@ REQUEST = 64  # of requests answered with outputs: read to answered
 QUEUE = REQUEST + metrics.WORDS  # of requests that ran: read to run
 COMPUTE = QUEUE + metrics.WORDS  # of runs; a batch is one
 END = COMPUTE + metrics.WORDS
-assert END * 8 <= PAGE_SIZE
+# Who is connected: pairs of (uid + 1, connections open now). More users at once than there are on a
+# device; the connections of one who finds no place are counted in CONNECTIONS only.
+USERS = END
+USERS_MAX = 32
+_USERS = range(USERS, USERS + 2 * USERS_MAX, 2)
+assert _USERS.stop * 8 <= PAGE_SIZE
 
 _WORD_MAX = (1 << 64) - 1
 # What only grows; the rest is about now.
@@ -100,6 +105,28 @@ def add(into: memoryview, words: memoryview) -> None:
     """
     for word in COUNTERS:
         into[word] = (into[word] + words[word]) & _WORD_MAX
+
+
+def count_user(words: memoryview, uid: int, change: int) -> None:
+    """A connection of a user came (1) or went (-1)."""
+    free = None
+    for word in _USERS:
+        if words[word] == uid + 1:
+            words[word + 1] = max(words[word + 1] + change, 0)
+            return
+        if free is None and not words[word + 1]:
+            free = word
+    if change > 0 and free is not None:
+        words[free], words[free + 1] = uid + 1, change
+
+
+def connections_of(words: memoryview, uid: int) -> int:
+    """The connections that a user has now."""
+    for word in _USERS:
+        if words[word] == uid + 1:
+            count: int = words[word + 1]
+            return count
+    return 0
 
 
 def oldest_run_ns(page: memoryview) -> int:

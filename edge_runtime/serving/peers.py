@@ -108,6 +108,17 @@ class Peers:
         if owner.fd in self.by_fd:
             self._epoll.modify(owner.fd, events)
 
+    def _counted(self, owner: Connection, change: int) -> None:
+        self._status[page.CONNECTIONS] = len(self.by_fd)
+        page.count_user(self._status, owner.peer[1], change)
+
+    def descriptors_of(self, uid: int) -> int:
+        """How many of this process's descriptors a user holds: connections and regions, each of
+        which has a second one in its mapping.
+        """
+        theirs = [one for one in self.by_fd.values() if one.peer[1] == uid]
+        return len(theirs) + 2 * sum(len(one.regions) for one in theirs)
+
     # -- closing -----------------------------------------------------------------------------------
 
     def close(self, owner: Connection) -> None:
@@ -125,7 +136,7 @@ class Peers:
         if owner.in_flight:
             self.forget(owner)
         owner.close()
-        self._status[page.CONNECTIONS] = len(self.by_fd)
+        self._counted(owner, -1)
         if self._leaving:
             self._leaving.discard(owner)
         self._report_drained()
@@ -147,7 +158,7 @@ class Peers:
             return
         self.by_fd[owner.fd] = owner
         self._epoll.register(owner.fd, select.EPOLLIN)
-        self._status[page.CONNECTIONS] = len(self.by_fd)
+        self._counted(owner, 1)
         self.resume(owner)
 
     def drain(self) -> None:
@@ -183,7 +194,7 @@ class Peers:
             owner.close()
         owner.receiving = None
         self._slots.release(unused)
-        self._status[page.CONNECTIONS] = len(self.by_fd)
+        self._counted(owner, -1)
         if self._leaving and owner in self._leaving:
             self._leaving.remove(owner)
             self._drained += 1

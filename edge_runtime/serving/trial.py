@@ -7,7 +7,7 @@ so that a death of either takes no count along. A worker never reads what the ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edge_runtime import metrics
@@ -44,6 +44,27 @@ assert TEXT * 8 + TEXT_BYTES_MAX < page.PAGE_SIZE
 
 Words = Sequence[int]
 
+# Metric, its last label, the page (0: the serving worker's, 1: the candidate's), the word.
+_COUNTERS: tuple[tuple[str, tuple[str, ...], int, int], ...] = (
+    ("edge_trial_shown_total", (), 0, SHOWN),
+    ("edge_trial_dropped_total", ("full",), 0, DROPPED_FULL),
+    ("edge_trial_dropped_total", ("large",), 0, DROPPED_LARGE),
+    ("edge_trial_dropped_total", ("skipped",), 0, SKIPPED),
+    ("edge_trial_compared_total", (), 1, COMPARED),
+    ("edge_trial_disagreed_total", (), 1, DISAGREED),
+    ("edge_trial_errors_total", (), 1, ERRORS),
+    ("edge_trial_requests_total", ("answered",), 0, ANSWERED),
+    ("edge_trial_requests_total", ("held",), 0, HELD),
+    ("edge_trial_requests_total", ("too_slow",), 0, TOO_SLOW),
+    ("edge_trial_requests_total", ("refused",), 0, REFUSED),
+    ("edge_trial_requests_total", ("lost",), 0, LOST),
+)
+_HISTOGRAMS: tuple[tuple[str, tuple[str, ...], int, int], ...] = (
+    ("edge_trial_run_duration_seconds", ("stable",), 1, STABLE_RUN),
+    ("edge_trial_run_duration_seconds", ("candidate",), 1, CANDIDATE_RUN),
+    ("edge_trial_round_trip_seconds", (), 0, ROUND_TRIP),
+)
+
 
 def numbers(words: memoryview) -> memoryview[float]:
     """The same page as FP64."""
@@ -63,6 +84,18 @@ def report(stable: memoryview, candidate: memoryview, outputs: Sequence[str]) ->
         outputs: names, in the order of the candidate's manifest.
     """
     return {"shadow": _shadow(stable, candidate, outputs), "split": _split(stable)}
+
+
+def samples(
+    stable: memoryview, candidate: memoryview, labels: tuple[str, ...]
+) -> Iterator[metrics.Sample]:
+    """The counts of both pages for Prometheus; `labels`: the values of metrics.TRIAL."""
+    pages = stable, candidate
+    for name, more, page_number, word in _COUNTERS:
+        yield metrics.Sample(name, (*labels, *more), pages[page_number][word])
+    for name, more, page_number, word in _HISTOGRAMS:
+        histogram = pages[page_number][word : word + metrics.WORDS].tolist()
+        yield metrics.Sample(name, (*labels, *more), histogram)
 
 
 def _shadow(stable: memoryview, candidate: memoryview, outputs: Sequence[str]) -> dict[str, Any]:

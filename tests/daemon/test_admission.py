@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -283,3 +284,49 @@ def test_a_denied_user_learns_it_for_every_kind_of_frame_about_the_model(daemon)
         return codes
 
     assert as_user(BOB, [], ask) == ["permission_denied"] * 2
+
+
+# --- how many, of one user ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def looking_like(uid: int) -> Iterator[None]:
+    """Connections made meanwhile are that user's."""
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def connections(daemon: Daemon) -> int:
+    document = daemon.control("ps")
+    return document["daemon"]["waiting"] + sum(one["connections"] for one in document["workers"])
+
+
+@pytest.mark.root
+@needs_root
+@pytest.mark.parametrize("uid", [ALICE, 4294967294])
+def test_a_user_who_has_its_share_of_connections_is_refused_and_others_are_not(make_daemon, uid):
+    daemon = make_daemon({"limits": {"connections_max": 12, "connections_per_user_max": 4}}).start()
+    daemon.add("shared")
+    daemon.add("shared-too")
+    with looking_like(uid):
+        held = [daemon.raw() for _ in range(4)]
+    for raw, name in zip(held, ("shared", "shared-too", "shared-too"), strict=False):
+        raw.send(infer_frame(name))  # two workers have three of them, the daemon has one
+        assert raw.value()[1] == 7.0
+    with looking_like(uid), daemon.raw() as refused:
+        error = refused.error()
+    assert isinstance(error, OverloadedError) and error.retry_after_s
+    assert "connections_per_user_max" in error.expected and str(uid) in error.message
+    daemon.add("shared", version=2)  # handed over to another worker: counted once
+    with looking_like(uid), daemon.raw() as refused:
+        assert isinstance(refused.error(), OverloadedError)
+    assert daemon.infer("shared", version="2") == 7.0  # root's
+    for gone, raw in enumerate(held):  # each that ends makes room for one
+        raw.sock.close()
+        until(lambda left=3 - gone: connections(daemon) <= left)
+        with looking_like(uid), daemon.raw() as again:
+            again.send(infer_frame("shared"))
+            assert again.value()[1] == 7.0

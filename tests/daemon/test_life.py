@@ -255,7 +255,7 @@ def test_an_unload_answers_what_is_in_flight(daemon):
         assert raw.value() == ("1", 7.0, 1)
 
 
-def test_fifty_loads_and_unloads_leave_no_slope(daemon, record_property):
+def test_sixty_loads_and_unloads_leave_no_slope(daemon, record_property):
     daemon.add("cycle", 1)
 
     def cycle() -> None:
@@ -265,16 +265,18 @@ def test_fifty_loads_and_unloads_leave_no_slope(daemon, record_property):
 
     for _ in range(15):
         cycle()
-    fds, rss = daemon.fds(), daemon.rss_bytes()
+    fds, grown = daemon.fds(), []
     began_s = time.monotonic()
-    for _ in range(50):
-        cycle()
-    per_cycle_ms = (time.monotonic() - began_s) / 50 * 1e3
-    grown = daemon.rss_bytes() - rss
-    print(f"load + infer + unload {per_cycle_ms:.1f} ms; daemon grew {grown} bytes in 50")
-    record_property("points", ("loads and unloads of a model", 50))
+    for _ in range(2):  # a leak grows in both; a heap that finds its size takes one step
+        rss = daemon.rss_bytes()
+        for _ in range(30):
+            cycle()
+        grown.append(daemon.rss_bytes() - rss)
+    per_cycle_ms = (time.monotonic() - began_s) / 60 * 1e3
+    print(f"load + infer + unload {per_cycle_ms:.1f} ms; daemon grew {grown} bytes in 30 each")
+    record_property("points", ("loads and unloads of a model", 60))
     until(lambda: daemon.fds() <= fds, f"{fds} descriptors, {daemon.descriptors()}")
-    assert grown < 512 * 1024
+    assert min(grown) < 300 * 1024
 
 
 # --- the daemon's own life ------------------------------------------------------------------------

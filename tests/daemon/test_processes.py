@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import socket
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from edge_runtime.daemon.processes import Line, Reaper
 from edge_runtime.serving import channel
@@ -45,6 +50,58 @@ def test_messages_that_wait_are_sent_in_order_when_the_peer_reads():
         assert descriptors() == before
 
     asyncio.run(main())
+
+
+class Crowded(socket.socket):
+    """A socket of a user of whom the kernel lets no more descriptors travel, for a few sends.
+
+    The kernel says so to users without privileges only, and tests may run as root.
+    """
+
+    refusals = 5
+
+    def sendmsg(self, *arguments: Any) -> int:
+        if self.refusals:
+            self.refusals -= 1
+            raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+        return super().sendmsg(*arguments)
+
+
+def crowded_pair() -> tuple[socket.socket, socket.socket]:
+    ours, theirs = channel.pair()
+    return Crowded(fileno=ours.detach()), theirs
+
+
+def test_too_many_descriptors_on_their_way_is_waited_for_and_nothing_is_lost_or_reordered():
+    async def main() -> None:
+        before = descriptors()
+        ours, theirs = crowded_pair()
+        line = Line(ours, asyncio.get_running_loop(), lambda _message, _fds: None)
+        for number in range(3):
+            fd = os.open("/dev/null", os.O_RDONLY)
+            assert line.send(channel.Adopt(own=False, skip=number), [fd])
+        for number in range(3):
+            message, fds = await asyncio.to_thread(channel.receive, theirs)
+            assert isinstance(message, channel.Adopt) and message.skip == number
+            assert len(fds) == 1
+            os.close(fds[0])
+        line.close()
+        theirs.close()
+        assert descriptors() == before
+
+    asyncio.run(main())
+
+
+def test_a_blocking_channel_waits_too_but_not_for_ever(monkeypatch):
+    ours, theirs = crowded_pair()
+    channel.send(ours, channel.Stop())
+    assert channel.receive(theirs) == (channel.Stop(), [])
+    ours.refusals = 1_000_000
+    monkeypatch.setattr(channel, "CROWDED_S_MAX", 0.02)
+    with pytest.raises(OSError, match="Too many references"):
+        channel.send(ours, channel.Stop())
+    ours.close()
+    theirs.close()
 
 
 def test_a_peer_that_dies_with_messages_waiting_costs_each_descriptor_one_close():

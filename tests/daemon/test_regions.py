@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime.errors import RequestError, TooLargeError
+from edge_runtime.errors import OverloadedError, RequestError, TooLargeError
 from edge_runtime.wire import frames, messages
 from edge_runtime.wire.frames import Kind
 from edge_runtime.wire.regions import create_region
@@ -295,3 +295,26 @@ def test_connections_with_regions_leave_no_descriptor_and_no_mapping(daemon):
         lambda: all(now <= old for now, old in zip(state(), before, strict=True)),
         "an end of every region",
     )
+
+
+def test_a_user_cannot_take_all_of_a_workers_descriptors_with_regions(make_daemon):
+    daemon = make_daemon({"workers": {"open_files_max": 128}}).start()  # 96 for one user
+    daemon.add("one")
+    fd = create_region(4096)
+    held = [daemon.raw() for _ in range(8)]
+    refused = 0
+    for raw in held:  # a connection is one, a region two
+        for number in range(6):
+            frame = raw.ask(add_frame(number, 4096), [fd])
+            if frame.prefix.kind == Kind.ERROR:
+                error = messages.decode_error(frame.header)
+                assert isinstance(error, OverloadedError) and error.retry_after_s
+                assert "open_files_max" in error.expected
+                refused += 1
+    assert refused == 8 * 6 - (96 - 8) // 2
+    with daemon.raw() as raw:  # whoever comes now finds a descriptor, and whoever waited too
+        assert raw.ask(infer_frame("one")).prefix.kind == Kind.INFER | frames.RESPONSE
+    held[0].sock.close()
+    until(lambda: daemon.worker("one")["connections"] == 7)
+    assert held[1].ask(add_frame(12, 4096), [fd]).prefix.kind == Kind.REGION_ADD | frames.RESPONSE
+    os.close(fd)

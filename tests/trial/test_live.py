@@ -13,6 +13,7 @@ import pytest
 from edge_runtime.errors import ConflictError, EdgeError, NotFoundError, RequestError
 from tests.daemon.test_swap import Pipelined, Shared, Single
 from tests.daemon.world import QUICK_RESTART, Daemon, bundle, fault, filled, running, until
+from tests.metrics import parser
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,40 @@ def test_a_disagreeing_candidate_is_measured_and_stopped(daemon):
     with pytest.raises(ConflictError):
         daemon.control("promote", name="differ")
     assert ask(daemon, "differ", 1) == {"1": 1}
+
+
+def test_prometheus_is_told_what_the_report_says_while_it_runs_and_afterwards(daemon):
+    def told(metric: str, **labels: str) -> float:
+        families = parser.parse(daemon.control("metrics")["text"])
+        (value,) = families[metric].values(model="told", **labels)
+        return value
+
+    daemon.add("told", 1, scale=1.0)
+    place(daemon, "told", 2, scale=-1.0)
+    daemon.control("shadow", name="told", version=2)
+    daemon.control("split", name="told", version=2, share=0.5)
+    assert told("edge_trial_running", version="2") == 1
+    assert told("edge_worker_info", version="2", state="candidate") == 1
+    assert told("edge_worker_info", version="1", state="active") == 1
+    by_version = ask(daemon, "told", 60)
+    compared(daemon, "told", by_version["1"])
+    report = daemon.control("candidate_stop", name="told")
+    shadow = report["shadow"]
+    wanted = {
+        "edge_trial_running": 0,
+        "edge_trial_shown_total": by_version["1"] - shadow["dropped"],
+        "edge_trial_compared_total": shadow["compared"],
+        "edge_trial_disagreed_total": shadow["disagreed"],
+        "edge_trial_errors_total": 0,
+    }
+    assert {name: told(name) for name in wanted} == wanted and shadow["disagreed"] > 10
+    assert told("edge_trial_requests_total", outcome="answered") == by_version["2"] > 0
+    assert told("edge_trial_dropped_total", reason="full") == shadow["dropped_full"]
+    assert told("edge_trial_round_trip_seconds", le="+Inf") == by_version["2"]
+    for side in ("stable", "candidate"):
+        count = told("edge_trial_run_duration_seconds", side=side, le="+Inf")
+        assert count == shadow[f"{side}_run"]["count"] > 0
+    assert [told("edge_trial_share", way=way) for way in ("shadow", "split")] == [0, 0]
 
 
 def test_a_candidate_is_another_installed_version_beside_one_that_serves(daemon):
