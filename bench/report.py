@@ -7,15 +7,17 @@ matplotlib is imported in one function.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from bench.scenario import Latency, Result
+from bench.scenario import Latency, Panel, Result
 from bench.summary import Figure, Spread, Target
 
 FORMAT = 1  # of the JSON; keys are added, never changed
+DOTS_PER_INCH = 110
 
 
 class Measured(NamedTuple):
@@ -45,6 +47,7 @@ def document(machine: Mapping[str, Any], measured: Sequence[Measured]) -> dict[s
                     msgspec.to_builtins(latency._asdict()) for latency in _latencies(one)
                 ],
                 "samples": dict(one.result.samples) if one.result else {},
+                "panels": [_panel_document(panel) for panel in _panels(one)],
             }
             for one in measured
         },
@@ -79,6 +82,14 @@ def _figures(one: Measured) -> Sequence[Figure]:
 
 def _latencies(one: Measured) -> Sequence[Latency]:
     return one.result.latencies if one.result else ()
+
+
+def _panels(one: Measured) -> Sequence[Panel]:
+    return one.result.panels if one.result else ()
+
+
+def _panel_document(panel: Panel) -> dict[str, Any]:
+    return {**panel._asdict(), "curves": [curve._asdict() for curve in panel.curves]}
 
 
 def _figure_document(figure: Figure) -> dict[str, Any]:
@@ -161,35 +172,62 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def plot(measured: Sequence[Measured], path: Path) -> bool:
-    """Each round's p50 of each peer as boxes; False: matplotlib is not installed."""
+def plot(measured: Sequence[Measured], latencies: Path, load: Path) -> bool:
+    """Two pictures; False: matplotlib is not installed.
+
+    Args:
+        latencies: each round's p50 of each peer as boxes.
+        load: the scenarios' panels: rates and latencies over clients and over offered load.
+    """
     try:
-        import matplotlib  # type: ignore[import-not-found,unused-ignore]
+        from matplotlib.figure import Figure as Picture  # not pyplot: no display, no global state
     except ImportError:
         return False
-    matplotlib.use("Agg")  # no display
-    from matplotlib import pyplot
-
-    shown = [one for one in measured if one.result and one.result.latencies]
-    if not shown:
-        return True
-    figure, panels = pyplot.subplots(
-        len(shown), 1, figsize=(9, 1.2 + 1.7 * len(shown)), squeeze=False, layout="constrained"
-    )
-    for one, panel in zip(shown, panels[:, 0], strict=True):
-        assert one.result is not None
-        latencies = list(reversed(one.result.latencies))
-        panel.boxplot(
-            [one.result.samples[latency.peer] for latency in latencies],
-            orientation="horizontal",
-            tick_labels=[latency.label.replace("`", "") for latency in latencies],
-            widths=0.6,
-            showfliers=False,
-        )
-        panel.set_title(f"{one.name}: {one.title}", fontsize="small", loc="left")
-        panel.set_xlabel("microseconds a call: p50 of each round")
-        panel.set_xlim(left=0)
-        panel.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    shown = [one for one in measured if _latencies(one)]
+    if shown:
+        picture = Picture(figsize=(9, 1.2 + 1.7 * len(shown)), layout="constrained")
+        for one, axes in zip(shown, picture.subplots(len(shown), squeeze=False)[:, 0], strict=True):
+            _draw_boxes(axes, one)
+        picture.savefig(latencies, dpi=DOTS_PER_INCH)
+    panels = [panel for one in measured for panel in _panels(one)]
+    if panels:
+        rows = -(-len(panels) // 2)
+        picture = Picture(figsize=(12, 3.8 * rows), layout="constrained")
+        places = picture.subplots(rows, 2, squeeze=False).flat
+        for panel, axes in zip_longest(panels, places):
+            _draw_panel(axes, panel) if panel else axes.set_axis_off()
+        picture.savefig(load, dpi=DOTS_PER_INCH)
     return True
+
+
+def _draw_boxes(axes: Any, one: Measured) -> None:
+    assert one.result is not None
+    latencies = list(reversed(one.result.latencies))
+    axes.boxplot(
+        [one.result.samples[latency.peer] for latency in latencies],
+        orientation="horizontal",
+        tick_labels=[latency.label.replace("`", "") for latency in latencies],
+        widths=0.6,
+        showfliers=False,
+    )
+    axes.set_title(f"{one.name}: {one.title}", fontsize="small", loc="left")
+    axes.set_xlabel("microseconds a call: p50 of each round")
+    axes.set_xlim(left=0)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _draw_panel(axes: Any, panel: Panel) -> None:
+    for curve in panel.curves:
+        look = {"linestyle": curve.style, "color": curve.colour}
+        axes.plot(curve.x, curve.y, marker=".", label=curve.label.replace("`", ""), **look)
+        if curve.between:
+            axes.fill_between(curve.x, *zip(*curve.between, strict=True), alpha=0.2)
+    axes.set_title(panel.title, fontsize="small", loc="left")
+    axes.set_xlabel(panel.x)
+    axes.set_ylabel(panel.y)
+    axes.set_xlim(left=0)
+    axes.set_yscale("log") if panel.logarithmic else axes.set_ylim(bottom=0)
+    axes.locator_params(axis="x", nbins=6)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize="small")

@@ -47,6 +47,29 @@ class Latency(NamedTuple):
     p99_us: float
 
 
+class Curve(NamedTuple):
+    """A line of a panel; each `y` may have where half of the rounds lie. Style and colour are
+    matplotlib's; no colour: the next one.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    between: Sequence[tuple[float, float]] = ()
+    style: str = "-"
+    colour: str | None = None
+
+
+class Panel(NamedTuple):
+    """A picture of curves that share their axes."""
+
+    title: str
+    x: str
+    y: str
+    curves: Sequence[Curve]
+    logarithmic: bool = False
+
+
 @dataclass(frozen=True)
 class Result:
     """What a scenario found."""
@@ -54,6 +77,7 @@ class Result:
     figures: Sequence[Figure]
     latencies: Sequence[Latency] = ()
     samples: Mapping[str, Sequence[float]] = field(default_factory=dict)  # for the JSON
+    panels: Sequence[Panel] = ()  # for the second picture
     remark: str = ""  # what the reader must know to judge the figures
 
 

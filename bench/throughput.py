@@ -21,7 +21,7 @@ from bench.child import Child
 from bench.crowd import Tally
 from bench.daemon import Daemon
 from bench.peers import PEERS
-from bench.scenario import Latency, Result, Setting
+from bench.scenario import Curve, Latency, Panel, Result, Setting
 from bench.summary import Figure, Target, per_round, quantile, spread
 
 ALL_CORES = -1
@@ -196,7 +196,39 @@ def _result(
     figures += [Figure(one.label, spread(rates[one.name]), unit) for one in contenders]
     latencies = [_latency(one, p50_us[one.name], found[one.name]) for one in contenders]
     samples = {**p50_us, **{f"{name} {unit}": rate for name, rate in rates.items()}}
-    return Result(figures, latencies, samples)
+    return Result(figures, latencies, samples, _panels(case, contenders, rates, latencies, unit))
+
+
+def _panels(
+    case: Case,
+    contenders: list[Contender],
+    rates: Mapping[str, list[float]],
+    latencies: list[Latency],
+    unit: str,
+) -> list[Panel]:
+    """Rates and latencies over the number of clients, a curve for each peer."""
+    kinds = dict.fromkeys((one.peer, one.rows) for one in contenders)
+    of_name = {one.peer: one for one in latencies}
+    rate_curves, latency_curves = [], []
+    for number, (peer, rows) in enumerate(kinds):
+        colour = f"C{number}"
+        mine = [one for one in contenders if (one.peer, one.rows) == (peer, rows)]
+        label = PEERS[peer].label + (f", {rows} rows at once" if rows > 1 else "")
+        clients = [one.clients for one in mine]
+        spreads = [spread(rates[one.name]) for one in mine]
+        middle = [each.median for each in spreads]
+        between = [(each.low, each.high) for each in spreads]
+        rate_curves.append(Curve(label, clients, middle, between, colour=colour))
+        if len(mine) > 1:  # percentiles of one number of clients are in the table
+            found = [of_name[one.name] for one in mine]
+            p50 = [each.p50_us.median for each in found]
+            p99 = [each.p99_us for each in found]
+            latency_curves += [Curve(f"{label}: p50", clients, p50, colour=colour)]
+            latency_curves += [Curve(f"{label}: p99", clients, p99, style="--", colour=colour)]
+    return [
+        Panel(f"{case.model}: {unit}", "clients", unit, rate_curves),
+        Panel(f"{case.model}: latency", "clients", "us a call", latency_curves, True),
+    ]
 
 
 def _over(over: str, under: str) -> Callable[[Mapping[str, float]], float]:

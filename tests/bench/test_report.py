@@ -9,7 +9,7 @@ import pytest
 
 from bench import report
 from bench.report import Measured
-from bench.scenario import Latency, Result
+from bench.scenario import Curve, Latency, Panel, Result
 from bench.summary import Figure, Target, spread
 
 LATENCY = Latency("edge", "Edge Runtime", spread([20.0, 21.0]), 25.0, 30.0)
@@ -21,6 +21,11 @@ RESULT = Result(
     ],
     [LATENCY],
     {"edge": [20.0, 21.0]},
+    [
+        Panel("rates", "clients", "calls/s", [Curve("edge", [1, 4], [9, 20], [(8, 9), (19, 21)])]),
+        Panel("times", "offered", "ms", [Curve("p50", [1.0], [2.0])], True),
+        Panel("nothing answered", "offered", "ms", []),
+    ],
 )
 MEASURED = [
     Measured("one", "first", RESULT, 1.0),
@@ -64,5 +69,7 @@ def test_the_document_survives_json_with_its_figures() -> None:
 def test_the_plot_is_a_png_where_matplotlib_is(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra `bench` is not installed")
     path = tmp_path / "report.png"
-    assert report.plot(MEASURED, path)
+    assert report.plot(MEASURED, path, tmp_path / "load.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+    assert report.plot([MEASURED[1]], tmp_path / "a.png", tmp_path / "b.png")  # nothing to draw
