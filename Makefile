@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-dev
 ACCELERATORS := .venv-accelerators
+TFLITE := .venv-tflite
 STAMP_RUN := $(VENV)/.stamp-run
 
-.PHONY: demo test test-accelerators check bench clean install
+.PHONY: demo test test-tflite test-accelerators check bench clean install
 
 # One environment; filled again when the requirements change. The demo needs one backend only, the
 # tests all of them (three times the download).
@@ -28,6 +29,26 @@ demo: $(STAMP_RUN)
 test: $(STAMP)
 	@sh packaging/test-packages.sh
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup tests
+	@if ! $(BIN)/python -c '$(HAS_TFLITE)'; then \
+	  echo "not run: test-tflite (tflite-runtime has wheels for Python 3.11 on Linux x86_64, aarch64, armv7l)"; \
+	elif ! $(MAKE) --no-print-directory PYTHON=$(BIN)/python $(TFLITE)/.stamp; then \
+	  echo "not run: test-tflite (tflite-runtime could not be installed)"; \
+	else $(MAKE) --no-print-directory test-tflite; fi
+
+# The backend litert on tflite-runtime instead of LiteRT: it needs numpy 1, so an environment of its
+# own (0.1 GB).
+HAS_TFLITE := import platform, sys; ok = sys.version_info[:2] == (3, 11) and \
+  platform.machine() in ("x86_64", "aarch64", "armv7l"); sys.exit(not ok)
+$(TFLITE)/.stamp: setup.cfg pyproject.toml
+	@test -x $(TFLITE)/bin/python || $(PYTHON) -m venv $(TFLITE)
+	@echo "installing into $(TFLITE) ..."
+	@$(TFLITE)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[tflite]' 'pytest>=8'
+	@touch $@
+
+test-tflite: $(TFLITE)/.stamp
+	@$(TFLITE)/bin/python -m pytest -k "litert or tflite" tests/backends/test_contract.py \
+	  tests/backends/test_litert.py tests/daemon/test_litert.py
 
 # Execution providers that are plug-ins, one with an emulated accelerator: 0.4 GB, so in an
 # environment of their own.
@@ -54,4 +75,4 @@ bench: $(STAMP)
 	@$(BIN)/python -m bench
 
 clean:
-	rm -rf $(VENV) $(ACCELERATORS) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ACCELERATORS) $(TFLITE) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -127,7 +127,7 @@ _DELEGATE_NODE = "DELEGATE"
 
 _NEWEST_TFLITE_NUMPY = 1  # tflite-runtime's last release was built for numpy 1
 _ERROR_SIZE_MAX = 600  # characters of a library's message
-_UNRESOLVED = re.compile(r"unresolved custom op: (?P<name>[\w.-]+)")
+_UNRESOLVED = re.compile(r"unresolved custom op: (?P<name>[\w.-]*\w)")
 _FOREIGN = (ValueError, RuntimeError, TypeError, MemoryError, OSError, AttributeError)
 
 

@@ -280,8 +280,15 @@ class TestDelegate:
     def test_a_compiled_model_without_its_delegate_says_so(self, tmp_path: Path, operator: str):
         with pytest.raises(BackendError) as caught:
             load(tmp_path, tflite_writer.compiled(operator))
-        assert operator in str(caught.value)
+        assert f"{operator!r}" in str(caught.value)
         assert "options.delegate" in str(caught.value)
+
+
+def test_a_file_that_vela_compiled_says_so_too():
+    """Recorded: Arm's compiler (ethos-u-vela 5.2.0, Ethos-U55-128) on `linear_int8`."""
+    recorded = Path(__file__).parents[1] / "bundle" / "data" / "ethos_u_vela.tflite"
+    with pytest.raises(BackendError, match="'ethos-u'"):
+        door.LiteRt().load(recorded, {})
 
 
 # Imports the door with one library missing or broken, as the rows of CASES say.

@@ -18,6 +18,8 @@ from tests import tflite_writer as writer
 from tests.bundle.conftest import weights
 from tests.tflite_writer import Graph, Operator, Signature, Tensor, ints, u32
 
+DATA = Path(__file__).parent / "data"
+
 
 def read(data: bytes) -> TfliteGraph:
     return tflite_graph.read(source.from_bytes(data, "model.tflite"))
@@ -77,6 +79,13 @@ class TestWhatItFinds:
 
     def test_custom_operators_come_by_name(self):
         assert read(writer.compiled("ethos-u")).custom_operators == {"ethos-u": 1}
+
+    def test_a_file_that_arms_compiler_wrote(self):
+        """ethos-u-vela 5.2.0 on `linear_int8`: what it took is one operator, the rest is left."""
+        graph = tflite_graph.read(source.from_path(DATA / "ethos_u_vela.tflite"))
+        assert graph.custom_operators == {"ethos-u": 1}
+        assert graph.operators == {writer.QUANTIZE: 1, writer.DEQUANTIZE: 1}
+        assert graph.description == "Vela Optimised"
 
     def test_quantization_of_inputs_and_outputs(self):
         graph = read(writer.compiled())

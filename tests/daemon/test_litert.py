@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from edge_runtime import backends
 from edge_runtime.bundle import create
+from edge_runtime.bundle.manifest import Variant
+from edge_runtime.errors import GoldenError
 from tests import tflite_writer as writer
 from tests.backends.contract import installed_tflite, require
-from tests.bundle.conftest import load_with_backend
 from tests.daemon.world import Daemon, running, until
 
 require(installed_tflite())
@@ -21,11 +24,16 @@ require(installed_tflite())
 EAGER = {"cache_bytes_max": 1 << 20, "batch_window_ms": 1.0}
 
 
-def packed(folder: Path, name: str, data: bytes, **options: Any) -> Path:
+def load(variant: Variant, path: Path) -> create.Run:
+    return backends.backend(variant.backend).load(path, variant.options).run
+
+
+def packed(folder: Path, name: str, data: bytes, load: create.Load = load, **options: Any) -> Path:
+    """A bundle; `load` records its goldens."""
     model = folder / f"{name}.tflite"
     model.write_bytes(data)
     chosen = create.Options(name=name, backend_options={"litert": options})
-    create.create([model], chosen, folder / f"{name}.bundle", load_with_backend())
+    create.create([model], chosen, folder / f"{name}.bundle", load)
     return folder / f"{name}.bundle"
 
 
@@ -70,6 +78,27 @@ def test_a_kept_state_has_no_cached_answers_whatever_is_configured():
         daemon.install(packed(daemon.bundles, "plain", writer.counter()))
         assert [total(daemon, "sum", 5.0) for _ in range(3)] == [5, 10, 15]
         assert [total(daemon, "plain", 5.0) for _ in range(3)] == [5, 5, 5]
+
+
+def test_a_library_that_computes_something_else_without_an_error_is_not_served(daemon: Daemon):
+    """tflite-runtime 2.14 answers 0 to dynamic-range int8 with a scale for each channel."""
+    weights = np.random.RandomState(3).standard_normal((16, 4)).astype(np.float32)
+    data = writer.linear_dynamic_int8(weights)
+
+    def truth(variant: Variant, path: Path) -> create.Run:
+        return lambda feed: {"output": feed["input"] @ weights}
+
+    bundle = packed(daemon.bundles, "dynamic", data, truth)
+    if installed_tflite() == "tflite_runtime":
+        with pytest.raises(GoldenError, match="x its tolerance away from golden 0"):
+            daemon.install(bundle)
+        assert "golden" in str(daemon.control("why", name="dynamic"))
+        return
+    daemon.install(bundle)
+    given = np.random.RandomState(1).random_sample((2, 16)).astype(np.float32)
+    with daemon.client() as client:
+        got = client.infer("dynamic", {"input": given})["output"]
+    np.testing.assert_allclose(got, given @ weights, atol=0.1)
 
 
 def test_metadata_says_what_quantized_numbers_mean(daemon: Daemon):
