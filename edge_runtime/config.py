@@ -161,6 +161,16 @@ class RestartConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deaths_max: Annotated[
         int, _number(1, 1000, "deaths", "within window_s; then the previous generation takes over")
     ] = 5
+    variant_deaths_max: Annotated[
+        int,
+        _number(
+            1,
+            1000,
+            "deaths",
+            "within window_s; then the next variant takes over, where there is one: two restarts "
+            "tell a broken variant from one bad moment",
+        ),
+    ] = 3
     window_s: Annotated[
         float, _number(1, 86400, "s", "how long a death counts against the generation")
     ] = 60.0
@@ -253,6 +263,16 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         AccessRule | None, _why("who may infer with this model; empty: as access.infer says")
     ] = None
     restart: Annotated[RestartConfig, _why("what happens after a worker died")] = RestartConfig()
+    heartbeat_idle_s: Annotated[
+        float,
+        _number(
+            0,
+            86400,
+            "s",
+            "without a golden for so long, the next quiet moment runs one: one run a minute costs "
+            "nothing; 0: only after errors and suspends",
+        ),
+    ] = 60.0
     keep_alive_s: Annotated[
         float, _number(0, 31_536_000, "s", "unused for so long: unloaded until asked; 0: for ever")
     ] = 0.0
@@ -272,6 +292,28 @@ class MemoryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             extra={"unit": "bytes", "expected": '"auto" or a size such as "256 MiB"'},
         ),
     ] = "auto"
+
+
+class SelectionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the variant of a bundle is chosen on this machine."""
+
+    policy: Annotated[
+        Literal["latency", "memory", "energy", "off"],
+        _why(
+            "what the best variant has least of; energy where the processor counts it, else as "
+            "latency; off: the first in order that keeps its goldens, unmeasured"
+        ),
+    ] = "latency"
+    time_max_s: Annotated[
+        float,
+        _number(
+            0.1,
+            3600,
+            "s",
+            "for measuring all variants of a bundle, their loads not counted: an activation waits "
+            "for it; slow models get fewer rounds",
+        ),
+    ] = 10.0
 
 
 class MetricsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -342,6 +384,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: LimitsConfig = LimitsConfig()
     store: StoreConfig = StoreConfig()
     memory: MemoryConfig = MemoryConfig()
+    selection: SelectionConfig = SelectionConfig()
     workers: WorkerConfig = WorkerConfig()
     models: dict[str, WorkerConfig] = {}
     watchdog: WatchdogConfig = WatchdogConfig()

@@ -21,7 +21,16 @@ BACKENDS: dict[str, str] = {
     "reference": "edge_runtime.backends.reference:Reference",
 }
 
-__all__ = ["BACKENDS", "backend", "did_you_mean"]
+# name -> how the names of the packages begin that it loads, with "_" for "-": when one of another
+# version is installed, what was measured has to be measured again.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "litert": ("ai_edge_litert", "tflite_runtime", "numpy"),
+    "onnxruntime": ("onnxruntime", "numpy"),
+    "openvino": ("openvino", "numpy"),
+    "reference": ("numpy",),
+}
+
+__all__ = ["BACKENDS", "PACKAGES", "backend", "did_you_mean"]
 
 
 def backend(name: str) -> Backend:

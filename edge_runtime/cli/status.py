@@ -70,7 +70,8 @@ def _ps(arguments: argparse.Namespace) -> int:
 def _why(arguments: argparse.Namespace) -> int:
     reply = call(arguments, "why", {"name": arguments.name})
     now_s = reply.get("now_wall_s") or SystemClock().wall_s()
-    return _answer(arguments, reply, lambda: why_text(reply, now_s))
+    width = output.terminal_columns(sys.stdout)
+    return _answer(arguments, reply, lambda: why_text(reply, now_s, width))
 
 
 def _ready(arguments: argparse.Namespace) -> int:
@@ -186,9 +187,9 @@ def _worker_row(item: Document) -> tuple[Any, ...]:
     return (*known, *sizes, *counts, output.duration(item.get("uptime_s")))
 
 
-def why_text(reply: Document, now_s: float) -> str:
-    """The `why` answer as a story, newest last."""
-    from edge_runtime.cli import overview
+def why_text(reply: Document, now_s: float, width: int | None = None) -> str:
+    """The `why` answer: what was decided about its variants, then the story, newest last."""
+    from edge_runtime.cli import decision, overview
 
     summary = reply.get("summary")
     head = f"{reply.get('name')} is {reply.get('state', 'unknown')}"
@@ -199,7 +200,8 @@ def why_text(reply: Document, now_s: float) -> str:
     history = reply.get("history") or []
     lines = list(_story(history, now_s)) or ["nothing has happened to it since the daemon started"]
     device = overview.held_back(reply.get("device") or {})
-    return "\n".join([*map(output.printable, head.splitlines()), *device, "", *lines])
+    chosen = decision.text(reply, now_s, width)
+    return "\n".join([*map(output.printable, head.splitlines()), *device, "", *chosen, *lines])
 
 
 def _placement(active: Document) -> str:

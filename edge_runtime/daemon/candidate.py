@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from edge_runtime.daemon.crew import Crew
-from edge_runtime.daemon.loading import Loader
 from edge_runtime.daemon.parts import Parts
+from edge_runtime.daemon.selecting import Selector
 from edge_runtime.daemon.trial import Trial
 from edge_runtime.errors import ConflictError, EdgeError, ModelError
 from edge_runtime.store import Generation
@@ -19,10 +19,10 @@ from edge_runtime.store import Generation
 class Candidates:
     """The candidates of one model, one at a time."""
 
-    def __init__(self, parts: Parts, crew: Crew, loader: Loader) -> None:
+    def __init__(self, parts: Parts, crew: Crew, selector: Selector) -> None:
         self._parts = parts
         self._crew = crew
-        self._loader = loader
+        self._selector = selector
 
     async def accompany(
         self,
@@ -70,7 +70,9 @@ class Candidates:
             )
         candidate = crew.warm
         if candidate is None or candidate.spec.generation != generation.number:
-            candidate = await self._loader.load(generation, asked=False)
+            candidate = await self._selector.worker(
+                generation, asked=False, choose=True, hurry=lambda: crew.worker is None
+            )
         else:
             crew.warm = None
         if crew.trial is not None:

@@ -398,6 +398,7 @@ class Commands:
             "summary": _summary(described),
             "model": described,
             "device": exposition.device_document(self._daemon),
+            "decision": self._daemon.known(name).decision(),
             "history": [
                 {key: event[key] for key in ("wall_s", "level", "message", "fields")}
                 | {"event": event["name"]}

@@ -84,6 +84,8 @@ class Crew:
         """
         old = self.worker if self.worker is not worker else None
         self.worker = worker
+        if old is not None and old.spec.generation == worker.spec.generation:
+            return old  # another variant of what serves: the previous version is still that
         if old is not None and old.serving and keep_warm:
             self.warm = old
         elif old is not None or self.warm is worker:

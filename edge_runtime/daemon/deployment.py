@@ -20,6 +20,7 @@ from edge_runtime.daemon.loading import Loader
 from edge_runtime.daemon.parts import Parts
 from edge_runtime.daemon.processes import WorkerProcess
 from edge_runtime.daemon.residency import Resident
+from edge_runtime.daemon.selecting import Selector
 from edge_runtime.daemon.trial import Trial
 from edge_runtime.errors import (
     ConflictError,
@@ -28,7 +29,7 @@ from edge_runtime.errors import (
     NotFoundError,
     UnavailableError,
 )
-from edge_runtime.serving import health
+from edge_runtime.serving import health, selection
 from edge_runtime.serving.health import Death
 from edge_runtime.store import Generation, Store, Switch
 
@@ -63,13 +64,15 @@ class Deployment:
         self._config = parts.worker_config
         self._crew = Crew(parts)
         self._loader = Loader(parts, self._crew, self._died)
-        self._candidates = Candidates(parts, self._crew, self._loader)
+        self._selector = Selector(parts, self._crew, self._loader)
+        self._candidates = Candidates(parts, self._crew, self._selector)
         self._lock = asyncio.Lock()
         self._waking: asyncio.Task[Any] | None = None
         self._refusal: NoMemoryError | None = None
         self._refused_until_ns = 0
         self._deaths_ns: list[int] = []
         self._recovery: asyncio.Task[Any] | None = None
+        self._reselection: asyncio.Task[Any] | None = None
         self._closing = False
 
     @property
@@ -106,6 +109,7 @@ class Deployment:
                 self._fail(error)
                 return
             await self._restart(asked=False)
+        self._reselect_if_due()
 
     async def activate(self, generation: Generation, reason: str) -> Change:
         """Make a generation the one that serves; the one before stays if this one fails.
@@ -115,7 +119,7 @@ class Deployment:
             EdgeError: the store could not switch.
         """
         async with self._superseding():
-            worker, warm = await self._loaded(generation)
+            worker, warm = await self._loaded(generation, choose=True)
             try:
                 switch = await self._shelf.switch(
                     lambda store: store.activate(self.name, generation.number, reason)
@@ -135,7 +139,7 @@ class Deployment:
         """
         async with self._superseding():
             generation = await self._shelf.read(self._previous)
-            worker, warm = await self._loaded(generation)
+            worker, warm = await self._loaded(generation, choose=False)
             try:
                 switch = await self._shelf.switch(lambda store: store.rollback(self.name, reason))
             except EdgeError:
@@ -170,6 +174,8 @@ class Deployment:
         """The daemon stops: answer what is in flight, end the workers, change nothing on disk."""
         self._closing = True
         self._cancel_recovery()
+        if self._reselection is not None:
+            self._reselection.cancel()
         workers = [worker for worker, _ in self.workers()]
         self._candidates.end("the daemon stops")
         self._crew.worker = self._crew.warm = None
@@ -255,9 +261,13 @@ class Deployment:
         if self.active is None:  # not known yet (the daemon starts), or unloaded
             return None
         if version in ("", "stable", str(self.active.version)):
-            return worker if worker is not None and worker.serving else None
+            return worker if worker is not None and worker.reachable else None
         for other, label in ((self._crew.warm, "previous"), (self.candidate, "candidate")):
-            if other is not None and other.serving and version in (label, str(other.spec.version)):
+            if (
+                other is not None
+                and other.reachable
+                and version in (label, str(other.spec.version))
+            ):
                 return other
         raise NotFoundError(
             f"version {version!r} of {self.name} is not loaded",
@@ -328,12 +338,51 @@ class Deployment:
         except EdgeError as error:
             self._parts.emit("switch_not_copied", str(error), level="warning", code=error.code)
 
-    async def _loaded(self, generation: Generation) -> tuple[WorkerProcess, bool]:
-        """A ready worker for a generation: the one at hand, or a new one."""
-        for worker, _ in self.workers():
-            if worker.serving and worker.spec.generation == generation.number:
-                return worker, True
-        return await self._loader.load(generation, asked=True), False
+    async def _loaded(self, generation: Generation, choose: bool) -> tuple[WorkerProcess, bool]:
+        """A ready worker for a generation: the one at hand, or a new one.
+
+        Args:
+            choose: decide about its variants first, where that is due.
+        """
+        at_hand = [one for one, _ in self.workers() if one.serving]
+        at_hand = [one for one in at_hand if one.spec.generation == generation.number]
+        if at_hand and not (choose and await self._selector.due(generation)):
+            return at_hand[0], True
+        served = self.worker is not None
+        worker = await self._selector.worker(
+            generation,
+            asked=True,
+            choose=choose,
+            hurry=lambda: served and self.worker is None,  # what served has died meanwhile
+        )
+        for one in at_hand:
+            if one.serving and one.spec.variant == worker.spec.variant:
+                await self._crew.stop(worker)
+                return one, True
+        return worker, False
+
+    # -- variants ---------------------------------------------------------------------------------
+
+    def _reselect_if_due(self) -> None:
+        """Decide again, beside what serves, when the machine is not the one that was measured."""
+        self._reselection = self._crew.spawn(self._reselect())
+
+    async def _reselect(self) -> None:
+        """Never raises: what serves goes on."""
+        try:
+            async with self._lock:
+                generation = self.active
+                if generation is None or self.worker is None or self._closing:
+                    return
+                if not await self._selector.outdated(generation):
+                    return
+                switch = await self._shelf.read(lambda store: store.current(self.name))
+                worker, same = await self._loaded(generation, choose=True)
+                if not same and self.active is generation and not self._closing:
+                    reason = f"{worker.spec.variant} is the best variant here now"
+                    await self._take_over(generation, worker, switch, False, reason)
+        except EdgeError as error:
+            self._parts.emit("selection_failed", str(error), level="warning", code=error.code)
 
     # -- switching --------------------------------------------------------------------------------
 
@@ -421,7 +470,44 @@ class Deployment:
         if serving:
             self._crew.worker = None
             self.state, self.reason = "backoff", death.detail
-            self._after_death()
+            if not self._leave_variant(worker, death):
+                self._after_death()
+
+    def _leave_variant(self, worker: WorkerProcess, death: Death) -> bool:
+        """Have the next variant take over when this one is not to be trusted; whether it does."""
+        now_ns, rules = self._clock.monotonic_ns(), self._config.restart
+        horizon_ns = now_ns - round(rules.window_s * 1e9)
+        deaths = 1 + sum(at_ns >= horizon_ns for at_ns in self._deaths_ns)
+        following = self._selector.another(worker)
+        if not following or not selection.must_leave(death.cause, deaths, rules.variant_deaths_max):
+            return False
+        self._deaths_ns.clear()  # they were this variant's
+        self._selector.leave(worker.spec.generation, worker.spec.variant, death.detail, death.cause)
+        self._recovery = self._crew.spawn(self._fail_over(worker, death, now_ns))
+        return True
+
+    async def _fail_over(self, worker: WorkerProcess, death: Death, died_ns: int) -> None:
+        """The next variant of the same generation; the previous generation only after the last."""
+        generation = self.active
+        async with self._lock:
+            if self.active is not generation or self.worker is not None or self._closing:
+                return
+            self.restarts += 1
+            following = await self._restart(asked=False)
+            if following is None:
+                return
+            gap_ms = (self._clock.monotonic_ns() - died_ns) / 1e6
+            self._parts.emit(
+                "variant_failed_over",
+                f"{following.spec.variant} answers instead of {worker.spec.variant},"
+                f" {gap_ms:.0f} ms after its end ({death.detail})",
+                level="error",
+                version=following.spec.version,
+                variant=following.spec.variant,
+                left=worker.spec.variant,
+                cause=str(death.cause),
+                gap_ms=round(gap_ms, 3),
+            )
 
     def _after_death(self) -> None:
         """Count a death of the active generation and plan what comes next."""
@@ -444,12 +530,12 @@ class Deployment:
                 self.restarts += 1
                 await self._restart(asked=False)
 
-    async def _restart(self, asked: bool) -> None:
+    async def _restart(self, asked: bool) -> WorkerProcess | None:
         """Load the active generation again; a failure counts as a death. Never raises."""
         assert self.active is not None
         self.state = "loading"
         try:
-            self._crew.worker = await self._loader.load(self.active, asked)
+            self._crew.worker = await self._selector.worker(self.active, asked=asked)
         except NoMemoryError as error:  # nothing is wrong with it: it waits until it is asked for
             self.state, self.reason = "idle", str(error)
             if asked:
@@ -460,6 +546,7 @@ class Deployment:
         else:
             self.state, self.reason, self._refusal = "ready", self.reason or "started", None
             self._candidates.introduce()
+        return self.worker
 
     def _refuse(self, error: NoMemoryError) -> None:
         """Whoever asks until its time to retry gets the same answer, without another attempt."""
@@ -515,6 +602,12 @@ class Deployment:
             "loading": self._loader.describe(),
             "candidate": self.trial.describe() if self.trial and self.trial.live else None,
         }
+
+    def decision(self) -> dict[str, Any] | None:
+        """Which of the active generation's variants may serve, and why; None: there is no choice,
+        or nothing was decided yet.
+        """
+        return self._selector.describe(self.active.number) if self.active is not None else None
 
     def _describe_generation(
         self, generation: Generation, worker: WorkerProcess | None

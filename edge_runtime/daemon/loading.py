@@ -8,7 +8,7 @@ killed before the refusal is told.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from edge_runtime.bundle.manifest import Manifest, Variant
@@ -24,6 +24,8 @@ from edge_runtime.store import Generation
 
 # Told of a worker that ended although nobody had asked it to.
 Died = Callable[[WorkerProcess, Death], None]
+# Told of a variant that is not fit.
+Refused = Callable[[Generation, Variant, EdgeError], None]
 
 
 class Loader:
@@ -47,35 +49,37 @@ class Loader:
         spec = self._under_way.spec
         return {"version": spec.version, "variant": spec.variant, "phase": self._under_way.phase}
 
-    async def load(self, generation: Generation, asked: bool) -> WorkerProcess:
+    async def load(
+        self,
+        generation: Generation,
+        manifest: Manifest,
+        variants: Sequence[Variant],
+        asked: bool,
+        told: Refused | None = None,
+    ) -> WorkerProcess:
         """Start workers for the variants in order until one is ready.
 
         Args:
             asked: somebody wants it now; other models may have to go for it.
+            told: called with each variant that is not fit.
 
         Raises:
             NoMemoryError: one may be, when there is room in memory.
             ModelError: none is; all reasons are in the message.
         """
-        manifest = await self._parts.shelf.manifest(generation)
         refused: list[str] = []
         failure: EdgeError | None = None
         no_room: NoMemoryError | None = None
-        for variant in specs.candidates(manifest, self._parts.worker_config):
+        for variant in variants:
             try:
-                return await self._load_variant(generation, manifest, variant, asked)
+                return await self.load_variant(generation, manifest, variant, asked)
             except EdgeError as error:
                 failure = error
                 no_room = error if isinstance(error, NoMemoryError) else no_room
                 refused.append(f"{variant.name}: {error.message}")
-                self._parts.emit(
-                    "variant_refused",
-                    str(error),
-                    level="warning",
-                    version=generation.version,
-                    variant=variant.name,
-                    code=error.code,
-                )
+                self.tell_refused(generation, variant.name, error)
+                if told is not None:
+                    told(generation, variant, error)
         assert failure is not None
         if no_room is not None or len(refused) == 1:
             raise no_room or failure
@@ -83,9 +87,26 @@ class Loader:
             f"no variant of {self._parts.name}@{generation.version} is fit: " + "; ".join(refused)
         )
 
-    async def _load_variant(
+    def tell_refused(self, generation: Generation, variant: str, error: EdgeError) -> None:
+        """A variant is not fit."""
+        self._parts.emit(
+            "variant_refused",
+            str(error),
+            level="warning",
+            version=generation.version,
+            variant=variant,
+            code=error.code,
+        )
+
+    async def load_variant(
         self, generation: Generation, manifest: Manifest, variant: Variant, asked: bool
     ) -> WorkerProcess:
+        """A ready worker for one variant.
+
+        Raises:
+            NoMemoryError: there is no room for it.
+            EdgeError: it is not fit.
+        """
         spec = await self._spec(generation, manifest, variant)
         stated_bytes = manifest.budgets.memory_bytes
         need_bytes = residency.predicted_bytes(

@@ -15,6 +15,7 @@ import socket
 import sys
 from collections import Counter, deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -31,6 +32,7 @@ from edge_runtime.wire import sockets
 # An import from a slow SD card takes seconds; one that takes longer than this hangs.
 IMPORT_S_MAX = 120.0
 FORK_S_MAX = 10.0
+PF_EXITING = 0x4
 # An out-of-memory kill counts for a death when it is younger than so many looks of the supervisor:
 # long enough for a large process to be taken down, short enough not to blame an old one.
 OOM_SAMPLES = 20
@@ -201,6 +203,7 @@ class WorkerProcess:
         self._clock = clock
         self._returned = returned
         self._failure: dict[str, Any] = {}
+        self._measured: asyncio.Future[channel.Measured] | None = None
         self._hung_for_s: float | None = None
         self._oom_kills = deque([memory.oom_kills()], maxlen=OOM_SAMPLES)
         self._drained: asyncio.Future[int] | None = None
@@ -240,7 +243,17 @@ class WorkerProcess:
 
     @property
     def serving(self) -> bool:
-        return self.alive and self.report is not None and not self.stopping
+        """Whether it takes requests: loaded, not told to stop, not found to be wrong."""
+        return self.alive and self.report is not None and not self.stopping and not self._failure
+
+    @property
+    def reachable(self) -> bool:
+        """Whether a connection that is handed over now is answered.
+
+        A process that was killed closes its connections before we learn of its end (and its channel
+        last of all); a client that lost one that way is back sooner, and must not lose another.
+        """
+        return self.serving and not _is_exiting(self.pid)
 
     @property
     def device(self) -> str:
@@ -275,6 +288,29 @@ class WorkerProcess:
     def promote(self) -> None:
         """From now on it answers requests that name no version, too."""
         self._line.send(channel.Promote())
+
+    async def measure(self, runs: int, time_ms_max: float, patience_s: float) -> list[int]:
+        """Have it run a recorded input; the time of each run in ns. Nobody is served meanwhile.
+
+        Args:
+            time_ms_max: after it no run is begun.
+            patience_s: for the answer.
+
+        Raises:
+            BackendError: the model failed, the worker ended, or there was no answer in time.
+        """
+        self._measured = asyncio.get_running_loop().create_future()
+        self._line.send(channel.Measure(runs, time_ms_max))
+        both: list[asyncio.Future[Any]] = [self._measured, self.ended]
+        done, _ = await asyncio.wait(both, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise BackendError(f"did not answer within {patience_s:g} s while it was measured")
+        if not self._measured.done():
+            raise self._error(self.ended.result(), "being measured")
+        answer = self._measured.result()
+        if answer.error:
+            raise from_document(answer.error)
+        return answer.times_ns
 
     async def drain(self, label: str = "") -> int:
         """Have it hand all its connections back; how many it had.
@@ -331,6 +367,9 @@ class WorkerProcess:
         elif isinstance(message, channel.Failed):
             self.phase = f"{message.phase} failed"
             self._failure = message.error
+        elif isinstance(message, channel.Measured):
+            if self._measured is not None and not self._measured.done():
+                self._measured.set_result(message)
         elif isinstance(message, channel.Drained) and self._drained and not self._drained.done():
             self._drained.set_result(message.connections)
 
@@ -345,6 +384,7 @@ class WorkerProcess:
                 hung_for_s=self._hung_for_s,
                 oom_kills=kills,
                 failure=failure,
+                failure_code=str(self._failure.get("code", "")) if self.report else "",
             )
         )
 
@@ -357,13 +397,26 @@ class WorkerProcess:
             self.status = page.freeze(self.status)
             self.ended.set_result(death)
 
-    def _error(self, death: Death) -> EdgeError:
+    def _error(self, death: Death, phase: str = "") -> EdgeError:
         where = f"{self.spec.model}@{self.spec.version} variant {self.spec.variant}"
         if self._failure:
             error = from_document(self._failure)
             error.where = f"{where}: {error.where}" if error.where else where
             return error
-        return BackendError(f"the worker died during {self.phase}: {death.detail}", where=where)
+        return BackendError(
+            f"the worker died during {phase or self.phase}: {death.detail}", where=where
+        )
+
+
+def _is_exiting(pid: int) -> bool:
+    """Whether a child has begun to end (PF_EXITING of include/linux/sched.h, which the kernel sets
+    before it closes files; 9th field of /proc/PID/stat). 15 us, once per connection.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        return bool(int(stat.rpartition(b")")[2].split()[6]) & PF_EXITING)
+    except (OSError, ValueError, IndexError):
+        return False  # not known: as if it were well
 
 
 # Told of each worker that has become a process.

@@ -85,6 +85,7 @@ def worker_spec(
         cpus=cpus(config.cpuset),
         nice=config.nice,
         sandbox=config.sandbox,
+        heartbeat_idle_s=config.heartbeat_idle_s,
         supervisor_pid=os.getpid(),
         limits=spec.Limits(
             queue_requests_max=config.queue_requests_max,
@@ -102,7 +103,7 @@ def worker_spec(
 
 def _golden(tensor: GoldenTensor, blob_path: BlobPath) -> spec.GoldenFile:
     path = str(blob_path(tensor.blob.sha256))
-    return spec.GoldenFile(tensor.name, tensor.datatype, tensor.shape, path)
+    return spec.GoldenFile(tensor.name, tensor.datatype, tensor.shape, path, tensor.blob.sha256)
 
 
 def metadata(manifest: Manifest, variant: Variant, generation: int) -> bytes:

@@ -19,7 +19,7 @@ from typing import Any
 from edge_runtime import __version__, systemd
 from edge_runtime.clock import Clock
 from edge_runtime.config import Config
-from edge_runtime.daemon import memory
+from edge_runtime.daemon import machine, memory
 from edge_runtime.daemon.access import Access, resolve
 from edge_runtime.daemon.board import Board
 from edge_runtime.daemon.commands import Commands
@@ -84,6 +84,7 @@ class Supervisor:
             config.governor, board.ladder, self.deployments, self.events, clock
         )
         auto_bytes = board.budget_bytes(memory.limit_bytes())
+        self._machine = machine.look()
         self._room = Room(auto_bytes if budget == "auto" else budget, self.deployments, clock)
 
     # -- the day of a daemon -----------------------------------------------------------------------
@@ -276,6 +277,7 @@ class Supervisor:
                     clock=self.clock,
                     returned=lambda message, fds: self.router.take_back(message, fds, name),
                     make_room=self._room.make,
+                    machine=self._machine,
                 )
             )
             self._deployments[name] = deployment

@@ -212,6 +212,21 @@ class Admission:
 
     # -- away --------------------------------------------------------------------------------------
 
+    def dismiss(self, error: EdgeError) -> None:
+        """Nothing that waits is run any more: each is answered with `error`."""
+        while self._pending:
+            self.turn_down(self.line.pop(), error)
+        self._status[page.WAITING] = 0
+
+    def turn_down(self, request: Request, error: EdgeError) -> None:
+        """Answer a request that was in flight, and is not run, with `error`."""
+        owner = request.connection
+        owner.in_flight -= 1
+        self._slots.release(request.slot)
+        if owner.fd >= 0:
+            self.answer_error(owner, request.request_id, error)
+            self._peers.settle(owner)
+
     def _send_away(self, requests: list[Request]) -> None:
         """Refuse requests that were waiting."""
         self.line.remove(requests)

@@ -82,7 +82,11 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """Worker or template to supervisor: it will exit; `error` is `EdgeError.document()`."""
+    """Worker or template to supervisor: it will exit; `error` is `EdgeError.document()`.
+
+    From a worker that served (phase `heartbeat`): it answers nothing any more, gives its
+    connections back, and then exits.
+    """
 
     phase: str
     error: dict[str, Any]
@@ -163,6 +167,22 @@ class Alone(msgspec.Struct, frozen=True, tag="alone"):
     """
 
 
+class Measure(msgspec.Struct, frozen=True, tag="measure"):
+    """Supervisor to a worker that serves nobody: run a recorded input so often, and say how long
+    each run took. It answers nothing else meanwhile.
+    """
+
+    runs: int
+    time_ms_max: float  # then no further run is begun
+
+
+class Measured(msgspec.Struct, frozen=True, tag="measured"):
+    """Worker to supervisor: the time of each run; or `error` (`EdgeError.document()`), and none."""
+
+    times_ns: list[int]
+    error: dict[str, Any] = {}
+
+
 class Shadow(msgspec.Struct, frozen=True, tag="shadow"):
     """Supervisor to the candidate: compare yourself with what comes through this ring.
 
@@ -211,6 +231,8 @@ Message = (
     | Accompany
     | Shares
     | Alone
+    | Measure
+    | Measured
     | Shadow
     | Unshadow
     | Restrain

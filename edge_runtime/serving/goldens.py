@@ -17,6 +17,7 @@ import numpy as np
 from edge_runtime import tensors
 from edge_runtime.errors import GoldenError
 from edge_runtime.serving.spec import GoldenFile, GoldenPair
+from edge_runtime.tensors import TensorSpec
 
 Array = np.ndarray[Any, Any]
 Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -35,6 +36,18 @@ def read(golden: GoldenFile) -> Array:
 def inputs_of(pair: GoldenPair) -> dict[str, Array]:
     """The recorded inputs by name."""
     return {golden.name: read(golden) for golden in pair.inputs}
+
+
+def zeros(specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
+    """An input of zeros, every free dimension 1."""
+    arrays: dict[str, Array] = {}
+    for spec in specs:
+        shape = tuple(1 if dim < 0 else dim for dim in spec.shape)
+        array: Array = np.zeros(shape, dtype=np.dtype(tensors.DATATYPES[spec.datatype][0]))
+        if spec.datatype == "BYTES":
+            array.fill(b"")
+        arrays[spec.name] = array
+    return arrays
 
 
 def deviation(got: Array, want: Array, rtol: float, atol: float) -> float:
@@ -57,8 +70,11 @@ def deviation(got: Array, want: Array, rtol: float, atol: float) -> float:
     return float(ratio.max())
 
 
-def check(run: Run, pairs: Sequence[GoldenPair], rtol: float, atol: float) -> float:
+def check(run: Run, pairs: Sequence[GoldenPair], rtol: float, atol: float, first: int = 0) -> float:
     """Run every golden and compare.
+
+    Args:
+        first: the number of the first one, for the error.
 
     Returns:
         The largest deviation (<= 1).
@@ -67,7 +83,7 @@ def check(run: Run, pairs: Sequence[GoldenPair], rtol: float, atol: float) -> fl
         GoldenError: an output lies outside its tolerance; names golden, output, and how far off.
     """
     worst = 0.0
-    for index, pair in enumerate(pairs):
+    for index, pair in enumerate(pairs, first):
         outputs = run(inputs_of(pair))
         for golden in pair.outputs:
             want = read(golden)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
+from edge_runtime.errors import GoldenError
+
 SIGNAL_HINTS: dict[int, str] = {
     signal.SIGILL: "the library uses an instruction that this processor does not have",
     signal.SIGSEGV: "the library or a driver accessed memory it does not have",
@@ -31,6 +33,7 @@ class Cause(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     HANG = "hang"
     FAILED = "failed"  # it said why before it went
+    GOLDEN = "golden"  # it found that it gives wrong answers, and went
 
 
 class Death(NamedTuple):
@@ -41,7 +44,13 @@ class Death(NamedTuple):
 
 
 def classify(
-    status: int, *, stopping: bool, hung_for_s: float | None, oom_kills: int, failure: str = ""
+    status: int,
+    *,
+    stopping: bool,
+    hung_for_s: float | None,
+    oom_kills: int,
+    failure: str = "",
+    failure_code: str = "",
 ) -> Death:
     """Why a process ended.
 
@@ -51,9 +60,11 @@ def classify(
         hung_for_s: we killed it because a run had not returned for this long.
         oom_kills: kernel out-of-memory kills counted between its start and its end.
         failure: what it said itself before it exited.
+        failure_code: the code of that error.
     """
     if failure:
-        return Death(Cause.FAILED, failure)
+        wrong = failure_code == GoldenError.code
+        return Death(Cause.GOLDEN if wrong else Cause.FAILED, failure)
     if hung_for_s is not None:
         return Death(Cause.HANG, f"a run did not return for {hung_for_s:.1f} s and was killed")
     if os.WIFSIGNALED(status):

@@ -74,6 +74,7 @@ class Intake:
         self._pending = admission.line.entries
         self._version = str(spec.version)
         self._labels = STABLE_LABELS
+        self._disowned = False
 
     def all_plans(self) -> Iterable[dict[bytes, Plan]]:
         """Ours, and those of every connection."""
@@ -92,8 +93,14 @@ class Intake:
         self._labels = frozenset({label} - {""})
         connection.retire(self.plans)  # those without a version are not ours any more
 
+    def disown(self) -> None:
+        """From now on no request is ours."""
+        self._disowned = True
+        for plans in self.all_plans():
+            connection.retire(plans)
+
     def _ours(self, name: str, version: str) -> bool:
-        if name != self._spec.model:
+        if name != self._spec.model or self._disowned:
             return False
         return version == self._version or version in self._labels
 

@@ -34,6 +34,7 @@ INVALID = 13  # of ERRORS: the client's mistake
 FAILED = 14  # of ERRORS: the model, its library, or we
 CANCELLED = 15  # the client left before its answer
 RUN_BEGAN = 16  # .. 16 + RUNNERS_MAX: CLOCK_MONOTONIC at which runner i began its run, 0: idle
+GOLDENS = RUN_BEGAN + RUNNERS_MAX  # run while it served (serving.heartbeat)
 # Histograms of durations, metrics.WORDS words each: the sum in ns, then the buckets.
 REQUEST = 64  # of requests answered with outputs: read to answered
 QUEUE = REQUEST + metrics.WORDS  # of requests that ran: read to run
@@ -50,7 +51,7 @@ _WORD_MAX = (1 << 64) - 1
 # What only grows; the rest is about now.
 COUNTERS = (
     *(REQUESTS, ERRORS, REFUSED, EXPIRED, BATCHES, BATCHED, CACHE_HITS, CACHE_MISSES),
-    *(INVALID, FAILED, CANCELLED, HELD),
+    *(INVALID, FAILED, CANCELLED, HELD, GOLDENS),
     *range(REQUEST, END),
 )
 

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import numpy as np
 
-from edge_runtime import tensors
 from edge_runtime.backends import placement
-from edge_runtime.clock import monotonic_ns
+from edge_runtime.clock import monotonic_ns, suspended_ns
 from edge_runtime.errors import BackendError, BundleError, EdgeError, PlacementError
 from edge_runtime.serving import batching, channel, goldens, page, plan, sandbox
 from edge_runtime.serving.batching import Choice
+from edge_runtime.serving.heartbeat import Heart
 from edge_runtime.serving.spec import WorkerSpec
 from edge_runtime.serving.worker import Worker
 
@@ -88,8 +88,17 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
             batch.rows_max,
             min(spec.limits.queue_bytes_max, plan.ANSWER_BYTES_MAX),
         )
+        heart = Heart(model.run, spec, monotonic_ns(), suspended_ns)
         worker = Worker(
-            spec, planner, control, status, runners, batch.rows_max, warm.run_ms, batch.tried
+            spec,
+            planner,
+            control,
+            status,
+            runners,
+            batch.rows_max,
+            warm.run_ms,
+            batch.tried,
+            heart,
         )
         channel.send(
             control,
@@ -113,8 +122,7 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
         return _fail(control, phase, _too_little_memory(spec))
     except Exception as error:  # noqa: BLE001 - a worker says why it ends, whatever it was
         return _fail(control, phase, BackendError(f"{type(error).__name__}: {error}"))
-    worker.serve()
-    return 0
+    return EXIT_FAILED if worker.serve() else 0
 
 
 def _check_placement(spec: WorkerSpec, model: Model) -> str:
@@ -232,7 +240,7 @@ class Warm(NamedTuple):
 
 def _warm_up(model: Model, spec: WorkerSpec) -> Warm:
     """Run a few times with recorded (or else zero) inputs."""
-    inputs = goldens.inputs_of(spec.goldens[0]) if spec.goldens else zeros(spec.inputs)
+    inputs = goldens.inputs_of(spec.goldens[0]) if spec.goldens else goldens.zeros(spec.inputs)
     times_ms = []
     for _ in range(max(spec.warmup_runs, 1)):
         began_ns, computed_ns = monotonic_ns(), time.thread_time_ns()
@@ -245,18 +253,6 @@ def _warm_up(model: Model, spec: WorkerSpec) -> Warm:
     clock_ns = time.thread_time_ns if computes else monotonic_ns
     run_ms = statistics.median(wall_ms for wall_ms, _ in times_ms)
     return Warm(run_ms, fastest_ms, free, clock_ns)
-
-
-def zeros(specs: tuple[tensors.TensorSpec, ...]) -> dict[str, Array]:
-    """An input of zeros, every free dimension 1."""
-    arrays: dict[str, Array] = {}
-    for spec in specs:
-        shape = tuple(1 if dim < 0 else dim for dim in spec.shape)
-        array: Array = np.zeros(shape, dtype=np.dtype(tensors.DATATYPES[spec.datatype][0]))
-        if spec.datatype == "BYTES":
-            array.fill(b"")
-        arrays[spec.name] = array
-    return arrays
 
 
 def _runners(spec: WorkerSpec, run_ms: float, concurrent: bool) -> int:
@@ -275,7 +271,7 @@ def _batching(model: Model, spec: WorkerSpec, clock_ns: Callable[[], int]) -> Ch
     if spec.batch_axis != 0 or spec.batch_rows_max in (0, 1):
         return Choice(1, "the model declares no batch axis 0" if spec.batch_axis != 0 else "off")
     recorded = spec.goldens[: batching.REPEATS]
-    samples = [goldens.inputs_of(pair) for pair in recorded] or [zeros(spec.inputs)]
+    samples = [goldens.inputs_of(pair) for pair in recorded] or [goldens.zeros(spec.inputs)]
     asked = max(spec.batch_rows_max, 0)
     return batching.measure(model, samples, spec.rtol, spec.atol, clock_ns, asked)
 

@@ -20,6 +20,7 @@ class GoldenFile(msgspec.Struct, frozen=True):
     datatype: str
     shape: tuple[int, ...]
     path: str
+    sha256: str = ""  # of its bytes, to tell a rotten recording from a wrong model
 
 
 class GoldenPair(msgspec.Struct, frozen=True):
@@ -73,5 +74,6 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     cpus: tuple[int, ...] = ()
     nice: int = 0
     sandbox: bool = True
+    heartbeat_idle_s: float = 60.0  # between goldens while it serves; 0: only after an event
     supervisor_pid: int = 0
     limits: Limits = Limits()

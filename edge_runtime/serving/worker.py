@@ -18,13 +18,23 @@ import select
 import socket
 
 from edge_runtime.clock import monotonic_ns as _monotonic_ns
-from edge_runtime.errors import DeadlineError, EdgeError
+from edge_runtime.errors import (
+    BackendError,
+    DeadlineError,
+    EdgeError,
+    GoldenError,
+    InternalError,
+    ModelError,
+    UnavailableError,
+)
 from edge_runtime.serving import admission, batching, channel, page, peers, slots
 from edge_runtime.serving.admission import Admission
 from edge_runtime.serving.batching import Batches
 from edge_runtime.serving.cache import ResponseCache
 from edge_runtime.serving.company import TRIAL_MESSAGES, Company
+from edge_runtime.serving.heartbeat import Heart
 from edge_runtime.serving.intake import Intake
+from edge_runtime.serving.measuring import Meter
 from edge_runtime.serving.peers import Peers
 from edge_runtime.serving.plan import Planner
 from edge_runtime.serving.running import Done, Request, Runners, edge_error, execute
@@ -33,6 +43,10 @@ from edge_runtime.serving.spec import WorkerSpec
 from edge_runtime.wire import frames
 
 SWEEP_S = 1.0
+# A worker that was found to be wrong waits so long for clients to take the answers they have due.
+PART_S_MAX = 0.5
+# Errors of the library, not of a request.
+FAILURES = frozenset({BackendError.code, ModelError.code, InternalError.code})
 
 
 class Worker:
@@ -48,7 +62,12 @@ class Worker:
         batch_rows_max: int = 1,
         run_ms: float = 0.0,
         batch_rows_tried: int = 0,
+        heart: Heart | None = None,
     ) -> None:
+        self._spec = spec
+        self._planner = planner
+        self._heart = heart
+        self._condemned_until_ns = 0  # a golden was wrong: gone by then at the latest; 0: all well
         self._control = control
         self._status = status
         self._rows_max = batch_rows_max
@@ -87,16 +106,20 @@ class Worker:
             self._epoll.register(self._runners.wake_fd, select.EPOLLIN)
         self._sweep_at_ns = 0
         self._put_off = 0  # the connection with which the last turn stopped reading; 0: none
+        self._meter: Meter | None = None
         self._stopping = False
         status[page.BATCH_ROWS_MAX] = batch_rows_max
 
     # -- the loop ---------------------------------------------------------------------------------
 
-    def serve(self) -> None:
-        """Run until Stop, or until the supervisor is gone."""
+    def serve(self) -> bool:
+        """Run until Stop, until the supervisor is gone, or until the model is found to be wrong;
+        whether that was why.
+        """
         poll = self._epoll.poll
         intake, company, load = self._intake, self._company, self._admission
         status = self._status
+        heart = self._heart
         connections, readable, flush = self._peers.by_fd, intake.readable, self._peers.flush
         control_fd = self._control.fileno()
         wake_fd = self._runners.wake_fd if self._runners else -1
@@ -140,6 +163,9 @@ class Worker:
                     load.send_refusals()
             if began_ns > self._sweep_at_ns:
                 self._sweep(began_ns)
+            if heart is not None and heart.reason:
+                self._tend(heart)
+        return self._condemned_until_ns > 0
 
     def _rotated(self, ready: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Those first that the last turn had no time for: `epoll` always begins with the same."""
@@ -162,6 +188,8 @@ class Worker:
             self._admission.restrain(message)
         elif isinstance(message, TRIAL_MESSAGES):
             self._company.told(message, fds)
+        elif isinstance(message, channel.Measure):
+            channel.send(self._control, self._measured(message))
         else:  # Stop, or the supervisor is gone
             self._stopping = True
 
@@ -179,9 +207,67 @@ class Worker:
     def _sweep(self, now_ns: int) -> None:
         """Once a second: give back what nobody uses."""
         self._sweep_at_ns = now_ns + round(SWEEP_S * 1e9)
+        if self._heart is not None:
+            self._heart.look(now_ns)
         self._peers.close_stalled(now_ns)
         self._slots.trim()
         self._batches.trim(slots.IDLE_BYTES_MAX)
+
+    # -- is it still right? ------------------------------------------------------------------------
+
+    def _measured(self, order: channel.Measure) -> channel.Measured:
+        """Run as ordered; asked before anybody is served."""
+        try:
+            self._meter = self._meter or Meter(self._spec, self._planner, self._status)
+            return channel.Measured(self._meter.run(order.runs, round(order.time_ms_max * 1e6)))
+        except Exception as failure:  # noqa: BLE001 - a model that fails is what is to be found out
+            return channel.Measured([], edge_error(failure).document())
+
+    def _tend(self, heart: Heart) -> None:
+        """A golden is due, or one was wrong."""
+        quiet = self._at_rest() if heart.pressing else self._idle()
+        if quiet and not self._condemned_until_ns:
+            self._beat(heart)
+            if self._pending:  # runners were kept waiting for it
+                self._run_pending()
+        if self._condemned_until_ns:
+            late = _monotonic_ns() > self._condemned_until_ns
+            self._stopping = self._stopping or late or not self._peers.by_fd
+
+    def _at_rest(self) -> bool:
+        """Whether no run is under way."""
+        return self._runners is None or self._runners.idle == self._runners.count
+
+    def _beat(self, heart: Heart) -> None:
+        """Run a golden here; no request of anybody runs meanwhile."""
+        self._status[page.RUN_BEGAN] = _monotonic_ns()  # it may hang like any other run
+        try:
+            wrong = heart.beat(_monotonic_ns)
+        finally:
+            self._status[page.RUN_BEGAN] = 0
+        self._status[page.GOLDENS] += 1
+        if wrong is not None:
+            self._condemn(wrong)
+            heart.reason = "it was wrong"
+
+    def _condemn(self, wrong: GoldenError) -> None:
+        """The model gives wrong answers: from here on it gives none. The supervisor is told first,
+        so that connections which come back to it are not sent here again.
+        """
+        self._condemned_until_ns = _monotonic_ns() + round(PART_S_MAX * 1e9)
+        channel.send(self._control, channel.Failed("heartbeat", wrong.document()))
+        self._intake.disown()
+        self._company.part()
+        self._admission.dismiss(self._not_any_more())
+        self._peers.drain()
+
+    def _not_any_more(self) -> UnavailableError:
+        return UnavailableError(
+            "this variant was just found to give wrong answers; another one takes over",
+            where=self._spec.model,
+            remedy=f"try again; see `edge-runtime why {self._spec.model}`",
+            retry_after_s=0.02,
+        )
 
     # -- in ----------------------------------------------------------------------------------------
 
@@ -194,7 +280,10 @@ class Worker:
 
     def _queue(self, request: Request) -> None:
         """Have a request run here, unless its answer is known."""
-        if self._cache is None or not self._answer_from_cache(self._cache, request):
+        if self._condemned_until_ns:  # the candidate gave it back
+            request.connection.in_flight += 1
+            self._admission.turn_down(request, self._not_any_more())
+        elif self._cache is None or not self._answer_from_cache(self._cache, request):
             self._admission.put(request)
 
     def _answer_from_cache(self, cache: ResponseCache, request: Request) -> bool:
@@ -230,8 +319,10 @@ class Worker:
         Args:
             until_ns: by when to end, if a run takes what the one that began at `began_ns` took.
         """
-        now_ns = _monotonic_ns()
+        now_ns, heart = _monotonic_ns(), self._heart
         while self._pending and not self._hold_until_ns and 2 * now_ns - began_ns < until_ns:
+            if heart is not None and heart.pressing:
+                return  # a golden comes first
             self._run_pending()
             began_ns, now_ns = now_ns, _monotonic_ns()
 
@@ -257,6 +348,8 @@ class Worker:
 
     def _start_runners(self, runners: Runners) -> None:
         """Give idle runners what waits."""
+        if self._heart is not None and self._heart.pressing:
+            return  # a golden comes first, when the runs under way have ended
         while self._pending and runners.idle:
             request = self._line.pop()
             if request.deadline_ns and self._expired(request):
@@ -339,6 +432,7 @@ class Worker:
 
     def _batch_failed(self, requests: list[Request]) -> None:
         """Each of them ran alone, but not together: so many rows are too many."""
+        self._note_failure()
         rows = sum(request.plan.rows for request in requests)
         self._rows_max = max(min(self._rows_max, rows // 2), 1)
         self._status[page.BATCH_ROWS_MAX] = self._rows_max
@@ -382,10 +476,17 @@ class Worker:
                 self._company.send_and_show(request, response, 0 if batched else run_ns)
         else:
             assert error is not None
+            if error.code in FAILURES:
+                self._note_failure()
             self._slots.release(slot)
             self._admission.answer_error(owner, request.request_id, error)
         if owner.leaving:
             self._peers.settle(owner)
+
+    def _note_failure(self) -> None:
+        """The library failed: what it answers from now on is to be looked at."""
+        if self._heart is not None:
+            self._heart.note_failure(_monotonic_ns())
 
 
 def _doze(fd: int, seconds: float) -> None:

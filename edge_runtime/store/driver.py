@@ -30,8 +30,9 @@ from edge_runtime.errors import (
     TooLargeError,
 )
 from edge_runtime.files import Files, discard, temporary, write_atomic
-from edge_runtime.store import generations, records, recovery, removal
+from edge_runtime.store import decisions, generations, records, recovery, removal
 from edge_runtime.store.blobs import Advance
+from edge_runtime.store.decisions import Decision
 from edge_runtime.store.disk import Disk
 from edge_runtime.store.generations import BlobRef, Generation, Switch
 from edge_runtime.store.records import DamagedError
@@ -487,6 +488,19 @@ class Store:
         return self._disk.blobs.require(
             BlobRef(sha256, found if size_bytes is None else size_bytes)
         )
+
+    def decision(self, name: str, number: int) -> Decision | None:
+        """Which variant of a generation serves here; None: it has to be found out (again)."""
+        return decisions.read(self._disk, name, number)
+
+    def keep_decision(self, decision: Decision) -> None:
+        """Keep what was decided beside its generation; durable on return.
+
+        Raises:
+            NotFoundError: the generation is not installed (any more).
+            StorageError: a step failed.
+        """
+        decisions.write(self._disk, decision)
 
     def verify(self, name: str, version: int, progress: Progress | None = None) -> Verification:
         """Hash a generation again, from disk.

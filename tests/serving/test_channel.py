@@ -32,6 +32,8 @@ EVERY = [
     channel.Accompany(8, 1 << 63, 1 << 20, 0.1, 0.25),
     channel.Shares(1.0, 0.0),
     channel.Alone(),
+    channel.Measure(100, 20.0),
+    channel.Measured([1, 2], {"code": "internal"}),
     channel.Shadow(1 << 20),
     channel.Unshadow(),
     channel.Drained(3),
