@@ -142,6 +142,7 @@ METRICS: dict[str, Metric] = {
     "edge_held_back_total": Metric(
         "counter", WORKER, "requests refused because the device is hot or short of memory"
     ),
+    "edge_goldens_total": Metric("counter", WORKER, "goldens that were run while it served"),
     "edge_worker_resident_bytes": Metric(
         "gauge", WORKER, "memory of the workers, shared pages counted in full"
     ),
@@ -188,6 +189,11 @@ METRICS: dict[str, Metric] = {
     "edge_fallbacks_total": Metric(
         "counter", ("model",), "rollbacks by the daemon, from a version that kept dying"
     ),
+    "edge_failovers_total": Metric(
+        "counter",
+        ("model", "cause"),
+        "times that the next variant took over, by what ended the one before",
+    ),
     "edge_idle_unloads_total": Metric(
         "counter", ("model",), "unloads of a model that nobody asked or that made room"
     ),
@@ -199,7 +205,9 @@ METRICS: dict[str, Metric] = {
         "counter", ("model", "code"), "variants that did not become ready, by error code"
     ),
     "edge_golden_failures_total": Metric(
-        "counter", ("model",), "times that a model gave other answers than its goldens"
+        "counter",
+        ("model",),
+        "times that a model gave other answers than its goldens, at load or later",
     ),
     "edge_template_deaths_total": Metric(
         "counter", ("backend",), "deaths of processes that hold a backend's library"

@@ -16,9 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from edge_runtime import __version__
 from edge_runtime.backends import PACKAGES
-from edge_runtime.serving.selection import Preference, Runnable, anything_runs
+from edge_runtime.daemon.board import Board
+from edge_runtime.serving.selection import Runnable
 
 PROC = Path("/proc")
 _SUFFIX = ".dist-info"
@@ -32,16 +35,16 @@ class Machine(NamedTuple):
     Attributes:
         facts: about the machine itself.
         packages: installed packages with their versions ("onnxruntime-1.32.0").
-        order: which variants are preferred here, best first.
+        order: which variants are preferred here, best first: (backend, class of device).
         runnable: which cannot run here.
         turn: held while a model's variants are measured: two at a time would measure each other.
     """
 
     facts: Mapping[str, str]
     packages: Sequence[str]
+    order: tuple[tuple[str, str], ...]
+    runnable: Runnable
     turn: asyncio.Lock
-    order: tuple[Preference, ...] = ()
-    runnable: Runnable = anything_runs
 
     def fingerprint(self, backends: Iterable[str]) -> dict[str, str]:
         """The facts, and the versions of what these backends load."""
@@ -49,12 +52,18 @@ class Machine(NamedTuple):
             f"backend {name}": " ".join(_installed(self.packages, PACKAGES.get(name, ())))
             for name in backends
         }
-        return {**self.facts, **versions, "order": _describe(self.order)}
+        return {**self.facts, **versions}
 
 
-def look(order: tuple[Preference, ...] = (), runnable: Runnable = anything_runs) -> Machine:
-    """This machine, now."""
-    return Machine(read_facts(PROC), read_packages(sys.path), asyncio.Lock(), order, runnable)
+def look(board: Board) -> Machine:
+    """This machine, now, as its profile has it."""
+    return Machine(
+        {**read_facts(PROC), "profile": _describe(board)},
+        read_packages(sys.path),
+        tuple((one.backend, one.device_class) for one in board.order),
+        board.runnable,
+        asyncio.Lock(),
+    )
 
 
 def read_facts(proc: Path) -> dict[str, str]:
@@ -91,8 +100,10 @@ def _installed(packages: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
     return [one for one in packages if one.lower().replace("-", "_").startswith(wanted)]
 
 
-def _describe(order: tuple[Preference, ...]) -> str:
-    return " ".join(f"{one.backend}:{one.device_class}" for one in order)
+def _describe(board: Board) -> str:
+    """The profile by name, and by what it says about backends."""
+    choices = msgspec.json.encode((board.order, board.threads, board.workers))
+    return f"{board.name or 'none'} {hashlib.sha256(choices).hexdigest()[:8]}"
 
 
 def _lines(path: Path) -> list[str]:

@@ -46,7 +46,7 @@ class Shelf:
         return await self._run(self._thread, step, self._short)
 
     async def switch(self, step: Callable[[Store], T]) -> T:
-        """The same for a step that says what serves, version or variant: it does not wait either."""
+        """The same for a step that says what serves: it does not wait either."""
         return await self._run(self._thread, step, self._short)
 
     async def install(self, step: Callable[[Store], T]) -> T:

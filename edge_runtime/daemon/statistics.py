@@ -44,11 +44,14 @@ _COUNTERS = {
     "edge_cache_hits_total": page.CACHE_HITS,
     "edge_cache_misses_total": page.CACHE_MISSES,
     "edge_held_back_total": page.HELD,
+    "edge_goldens_total": page.GOLDENS,
 }
 # Event, the fields that it must have, the metric that it counts in, the fields that are its labels.
 _COUNTED: tuple[tuple[str, dict[str, Value], str, tuple[str, ...]], ...] = (
     ("model_activated", {}, "edge_swaps_total", ("model",)),
     ("fell_back", {}, "edge_fallbacks_total", ("model",)),
+    ("variant_failed_over", {}, "edge_failovers_total", ("model", "cause")),
+    ("worker_died", {"cause": "golden"}, "edge_golden_failures_total", ("model",)),
     ("model_idle", {}, "edge_idle_unloads_total", ("model",)),
     ("worker_died", {}, "edge_worker_deaths_total", ("model", "cause")),
     ("variant_refused", {}, "edge_load_failures_total", ("model", "code")),

@@ -84,7 +84,7 @@ class Supervisor:
             config.governor, board.ladder, self.deployments, self.events, clock
         )
         auto_bytes = board.budget_bytes(memory.limit_bytes())
-        self._machine = machine.look()
+        self._machine = machine.look(board)
         self._room = Room(auto_bytes if budget == "auto" else budget, self.deployments, clock)
 
     # -- the day of a daemon -----------------------------------------------------------------------

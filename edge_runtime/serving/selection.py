@@ -11,7 +11,7 @@ than the noise, and what is worse than the plain variant (fp32 on the CPU) is no
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from msgspec import structs
 
@@ -42,14 +42,6 @@ ROUNDS = 11
 # --- who is tried ---------------------------------------------------------------------------------
 
 
-class Preference(NamedTuple):
-    """One line of the preferred order: variants of this backend for this class of device."""
-
-    backend: str
-    device_class: str = "cpu"
-    options: Mapping[str, Any] = {}
-
-
 class Candidate(NamedTuple):
     """A variant, and why it is not tried here ("": it is)."""
 
@@ -67,20 +59,21 @@ def anything_runs(backend: str, device_class: str) -> str:
 
 
 def candidates(
-    manifest: Manifest, order: Sequence[Preference] = (), runnable: Runnable = anything_runs
+    manifest: Manifest,
+    order: Sequence[tuple[str, str]] = (),
+    runnable: Runnable = anything_runs,
 ) -> tuple[Candidate, ...]:
     """Every variant of a bundle in the order of preference.
 
     Args:
-        order: the machine's profile. Variants that it does not name come last; among equals the
-            manifest's order counts.
+        order: (backend, class of device), best first, as the machine's profile has them. Variants
+            that it does not name come last; among equals the manifest's order counts.
         runnable: says of a backend and a class of device why they cannot run here.
     """
-    wanted = [(one.backend, one.device_class) for one in order]
 
     def place(variant: Variant) -> int:
         line = variant.backend, variant.device_class
-        return wanted.index(line) if line in wanted else len(wanted)
+        return order.index(line) if line in order else len(order)
 
     return tuple(
         Candidate(variant, runnable(variant.backend, variant.device_class))
@@ -292,10 +285,14 @@ def _reason(
 
 
 def _against(policy: str, found: Comparison, other: Measured) -> str:
-    what, name = WORDS[policy], other.variant
-    if 0 < found.ratio < 1:
-        return f"{1 / found.ratio:.3g} times less {what} than {name}"
-    return f"{found.ratio:.3g} times the {what} of {name}"
+    what, name, ratio = WORDS[policy], other.variant, found.ratio
+    if 0 < ratio < 1:
+        return f"{_number(1 / ratio)} times less {what} than {name}"
+    return f"{_number(ratio)} times the {what} of {name}"
+
+
+def _number(ratio: float) -> str:
+    return f"{ratio:.3g}" if ratio < 100 else f"{ratio:,.0f}"
 
 
 # --- afterwards -----------------------------------------------------------------------------------

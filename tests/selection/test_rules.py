@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from edge_runtime.bundle.manifest import Blob, Manifest, Variant
 from edge_runtime.serving import selection
 from edge_runtime.serving.health import Cause
-from edge_runtime.serving.selection import Candidate, Measured, Preference
+from edge_runtime.serving.selection import Candidate, Measured
 from edge_runtime.store.decisions import Decision, Left
 from edge_runtime.tensors import TensorSpec
 
@@ -52,7 +52,7 @@ def test_a_profiles_order_comes_first_and_the_manifests_among_equals() -> None:
         variant("ov-npu", "openvino", device_class="npu"),
         variant("tfl", "litert"),
     )
-    order = (Preference("openvino", "npu"), Preference("onnxruntime"), Preference("openvino"))
+    order = (("openvino", "npu"), ("onnxruntime", "cpu"), ("openvino", "cpu"))
     found = names(selection.candidates(bundle, order))
     assert found == ["ov-npu", "ort-a", "ort-b", "ov-cpu", "tfl"]
 
