@@ -175,7 +175,13 @@ def _find(
     )
 
 
-def _read(path: Path, label: str) -> dict[str, Any]:
+def read_yaml(path: Path) -> Any:
+    """The plain values of a file that is one of ours, or an operator's.
+
+    Raises:
+        ProfileError: it cannot be read, is too large, or is not YAML.
+    """
+    label = label_of(path)
     try:
         with path.open("rb") as file:
             data = file.read(FILE_BYTES_MAX + 1)
@@ -187,7 +193,11 @@ def _read(path: Path, label: str) -> dict[str, Any]:
             where=label,
             expected=f"at most {FILE_BYTES_MAX} bytes",
         )
-    document = _plain(_yaml(data, label, trusted=path.parent == BUILT_IN), label)
+    return _yaml(data, label, trusted=path.parent == BUILT_IN)
+
+
+def _read(path: Path, label: str) -> dict[str, Any]:
+    document = _plain(read_yaml(path), label)
     _convert(document, label, partial=True)
     return document
 

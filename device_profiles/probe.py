@@ -56,7 +56,7 @@ def describe(root: Path = ROOT, arch: str = "") -> Machine:
         cpu_count=sum("processor" in one for one in cpuinfo),
         pci=_pci(root),
         usb=_usb(root),
-        memory_bytes=_memory_bytes(root),
+        memory_bytes=_meminfo(root, "MemTotal"),
         kernel=_text(root / "proc/sys/kernel/osrelease"),
         modules=tuple(sorted(path.name for path in _children(root / "sys/module"))),
         zones=tuple(
@@ -91,6 +91,23 @@ def version_in(path: str, root: Path = ROOT) -> str:
     """The first thing like a version in a file; "" if there is none."""
     match = re.search(r"[0-9]+(?:\.[0-9]+)+|[0-9]+", _text(root / path.lstrip("/")))
     return match[0] if match else ""
+
+
+def available_bytes(root: Path = ROOT) -> int:
+    """The memory that may be used now without swapping, by the kernel's guess; 0: not known."""
+    return _meminfo(root, "MemAvailable")
+
+
+def hottest_c(root: Path = ROOT) -> float | None:
+    """The hottest of the thermal zones in degrees Celsius; None: none tells anything sensible."""
+    readings = [
+        int(text) / 1000
+        for path in _children(root / "sys/class/thermal")
+        if path.name.startswith("thermal_zone")
+        and re.fullmatch(r"-?[0-9]{1,6}", text := _text(path / "temp"))
+    ]
+    # 0 and below, or beyond what silicon survives, is what broken sensors say.
+    return max((one for one in readings if 0 < one < 150), default=None)
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -190,6 +207,6 @@ def _usb(root: Path) -> dict[str, tuple[str, ...]]:
     return {name: tuple(nodes) for name, nodes in found.items()}
 
 
-def _memory_bytes(root: Path) -> int:
-    match = re.search(r"^MemTotal:\s*([0-9]+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+def _meminfo(root: Path, name: str) -> int:
+    match = re.search(rf"^{name}:\s*([0-9]+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
     return int(match[1]) * 1024 if match else 0

@@ -54,6 +54,7 @@ COMMANDS: dict[str, Command] = {
     "infer": Command("edge_runtime.cli.infer", "run a model on images, arrays or JSON"),
     "bench": Command("edge_runtime.cli.bench", "offer a model more than it can take, and measure"),
     "config": Command("edge_runtime.cli.configuration", "show or check the configuration"),
+    "profile": Command("edge_runtime.cli.profile", "what this board is, and how to use it"),
     "bundle": Command("edge_runtime.cli.bundle", "create, inspect, lint or extract a bundle"),
     "doctor": Command("edge_runtime.cli.doctor", "is this machine fit to serve, and what to do"),
     "version": Command("edge_runtime.cli.status", "the version of this program"),
