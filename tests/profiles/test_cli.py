@@ -47,12 +47,12 @@ def recorded(board: Board, root: Path) -> list[str]:
 def test_detect_names_board_addons_and_reasons(profile: Run, tmp_path: Path) -> None:
     where = recorded(with_files(PI_5, CORAL_USB), tmp_path)
     text = profile("detect", *where)
-    assert "profile:      raspberrypi-5 (Raspberry Pi 5, 500 and Compute Module 5)" in text
+    assert "profile:      raspberry-pi-5 (Raspberry Pi 5, 500 and Compute Module 5)" in text
     assert "because the device tree has 'raspberrypi,5-model-b'" in text
     assert "add-on:       coral-usb" in text
     assert "Raspberry Pi 5 Model B Rev 1.0; 4 cores, 4040 MiB" in text
     document = profile.json("detect", *where)
-    assert document["profile"]["name"] == "raspberrypi-5"
+    assert document["profile"]["name"] == "raspberry-pi-5"
     assert document["accelerators"] == ["edgetpu-usb"]
     assert document["machine"]["compatible"] == ["raspberrypi,5-model-b", "brcm,bcm2712"]
 
@@ -72,13 +72,13 @@ def test_list_marks_the_one_that_fits(profile: Run, tmp_path: Path) -> None:
 
 
 def test_show_says_for_each_value_whose_it_is_and_from_where(profile: Run) -> None:
-    values = {row["path"]: row for row in profile.json("show", "raspberrypi-5")["values"]}
+    values = {row["path"]: row for row in profile.json("show", "raspberry-pi-5")["values"]}
     assert values["match.arch"]["file"] == "built in: generic-aarch64.yaml"
-    assert values["match.compatible"]["file"] == "built in: raspberrypi-5.yaml"
+    assert values["match.compatible"]["file"] == "built in: raspberry-pi-5.yaml"
     assert values["match.compatible"]["source"].startswith("linux")
     assert values["memory.share"]["value"] == 0.7
-    text = profile("show", "raspberrypi-5")
-    assert "from built in: raspberrypi-5.yaml, then built in: generic-aarch64.yaml" in text
+    text = profile("show", "raspberry-pi-5")
+    assert "from built in: raspberry-pi-5.yaml, then built in: generic-aarch64.yaml" in text
     assert "left out: workers: threads were not measured" in text
 
 

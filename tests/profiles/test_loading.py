@@ -150,7 +150,7 @@ def test_a_wrong_value_is_an_error_that_names_the_file(
 
 def test_a_missing_profile_names_the_nearest_one() -> None:
     with pytest.raises(ProfileError) as caught:
-        loading.load("rasberrypi-5")
+        loading.load("rasberry-pi-5")
     assert caught.value.remedy == "did you mean 'raspberry-pi-5'?"
 
 
