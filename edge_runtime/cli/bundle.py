@@ -17,7 +17,7 @@ from edge_runtime.errors import BundleError, NotFoundError, StorageError, UsageE
 if TYPE_CHECKING:
     import argparse
 
-    from edge_runtime.bundle.create import Load, Options
+    from edge_runtime.bundle.create import Created, Load, Options, Say
     from edge_runtime.bundle.lint import Finding
     from edge_runtime.bundle.manifest import Postprocess, Preprocess
 
@@ -79,6 +79,11 @@ def _add_create(commands: Any) -> None:
         help="how an image becomes the input: color layout resize width height pixel_scale mean "
         "std input; mean=0.485,0.456,0.406 gives one value for each channel",
     )
+    add(
+        "--measure",
+        action="store_true",
+        help="serve each variant here for a moment, and state the memory that it takes",
+    )
     add("-o", "--out", metavar="FILE", type=Path, required=True)
     create.set_defaults(handler=_create)
 
@@ -110,6 +115,8 @@ def _create(arguments: argparse.Namespace) -> int:
     models = [create.Choice(path, backend) for backend, path in arguments.models]
     try:
         made = create.create(models, options, arguments.out, load, progress.update)
+        if arguments.measure:
+            made = _with_memory(arguments.out, made, progress.update)
     finally:
         progress.close()
     reply = {"out": str(arguments.out), "sha256": made.sha256, "notes": list(made.notes)}
@@ -121,6 +128,35 @@ def _create(arguments: argparse.Namespace) -> int:
         print(f"note: {output.printable(note)}")
     print(f"wrote {arguments.out}, sha256 {made.sha256}")
     return 0
+
+
+def _with_memory(path: Path, made: Created, say: Say) -> Created:
+    """State in the bundle at `path` what its variants take when they are served here."""
+    import msgspec
+
+    from edge_runtime.bundle import archive
+    from edge_runtime.cli import measuring
+
+    measured = []
+    for variant in made.manifest.variants:
+        say(f"measuring the memory of {variant.name}", 0, 0)
+        measured.append(measuring.measure(path, made.manifest.name, variant.name))
+    notes = [
+        f"{one.variant}: its memory was not measured: {one.problem}"
+        if one.problem
+        else f"{one.variant} takes {output.size(one.private_bytes)} here"
+        for one in measured
+    ]
+    budget_bytes = measuring.budget_bytes(measured)
+    if not budget_bytes:
+        return made._replace(notes=(*made.notes, *notes))
+    notes.append(f"budgets.memory_bytes: {output.size(budget_bytes)}, with room for other devices")
+    budgets = msgspec.structs.replace(made.manifest.budgets, memory_bytes=budget_bytes)
+    manifest = msgspec.structs.replace(made.manifest, budgets=budgets)
+    with archive.open_bundle(path) as bundle:
+        stated = archive.compose(manifest, {one: bundle.blob(one) for one, _, _ in bundle.blobs()})
+        sha256 = archive.pack(stated, path)
+    return made._replace(manifest=stated.manifest, sha256=sha256, notes=(*made.notes, *notes))
 
 
 def _options(arguments: argparse.Namespace) -> Options:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,7 +13,11 @@ import pytest
 
 from edge_runtime import cli
 from edge_runtime.bundle import archive
+from edge_runtime.cli import measuring
 from tests.bundle.conftest import linear, linear_int8, saved
+from tests.daemon.world import running
+
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -47,6 +52,44 @@ def test_create_inspect_lint_extract_and_pack_work_together(run):
     assert run("extract", "tiny.bundle", "directory")[0] == 0
     assert run("pack", "directory", "-o", "again.bundle")[0] == 0
     assert Path("again.bundle").read_bytes() == Path("tiny.bundle").read_bytes()
+
+
+def test_the_memory_that_is_stated_was_measured_and_holds(run):
+    assert run(*CREATE)[0] == 0
+    before = Path("tiny.bundle").read_bytes()
+    code, out, err = run(*CREATE, "--measure", "--label", "9")
+    assert code == 0, err
+    assert "fp32 takes" in out and "int8 takes" in out
+    assert "measuring the memory of fp32" in err
+    with archive.open_bundle(Path("tiny.bundle")) as bundle:
+        bundle.verify()
+        stated_bytes = bundle.manifest.budgets.memory_bytes
+        assert bundle.manifest.label == "9" and len(bundle.manifest.goldens) == 3
+    assert 4 * MIB < stated_bytes < 64 * MIB and stated_bytes % MIB == 0
+    assert out.rstrip().endswith(hashlib.sha256(Path("tiny.bundle").read_bytes()).hexdigest())
+    with running() as daemon:  # which refuses what takes more than is stated
+        daemon.install(Path("tiny.bundle").resolve())
+        assert daemon.worker("tiny")["private_bytes"] < stated_bytes
+    assert run(*CREATE)[0] == 0
+    assert Path("tiny.bundle").read_bytes() == before  # without --measure, nothing is stated
+
+
+def test_what_cannot_be_measured_is_said_and_nothing_is_stated(run, monkeypatch):
+    monkeypatch.setattr(measuring.sys, "executable", "/bin/false")
+    code, out, _ = run(*CREATE, "--measure")
+    assert code == 0
+    assert "fp32: its memory was not measured" in out and "did not start" in out
+    with archive.open_bundle(Path("tiny.bundle")) as bundle:
+        assert bundle.manifest.budgets.memory_bytes == 0
+
+
+def test_a_budget_has_room_for_other_devices() -> None:
+    def stated(*private_bytes: int) -> int:
+        return measuring.budget_bytes([measuring.Measured("v", one) for one in private_bytes])
+
+    assert stated(100 * MIB) == 154 * MIB
+    assert stated(MIB, 3 * MIB + 1) == 9 * MIB  # the largest, rounded up
+    assert stated(0) == stated() == 0
 
 
 def test_json_is_the_whole_of_stdout(run):
