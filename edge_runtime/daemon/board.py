@@ -21,7 +21,7 @@ from edge_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from device_profiles.detection import Detected
-    from device_profiles.schema import ProfileError
+    from device_profiles.schema import Profile, ProfileError
 
 NONE = "none"
 # Reading all profiles and looking at the machine takes 0.1 s; a /sys that hangs must not keep the
@@ -30,6 +30,7 @@ DETECT_S_MAX = 10.0
 # Of the machine's or cgroup's memory, for models: the rest is the system's, the daemon's, the
 # templates' and the page cache's. A profile may say otherwise.
 MEMORY_SHARE = 0.7
+USB = "/dev/bus/usb"
 # Backends whose options have `threads`; a profile's threads are for those.
 TAKES_THREADS = frozenset({"onnxruntime", "openvino", "litert"})
 
@@ -54,6 +55,8 @@ class Board(msgspec.Struct, frozen=True, kw_only=True):
     problems: tuple[str, ...] = ()
     order: tuple[Line, ...] = ()
     exclusive: tuple[str, ...] = ()  # device classes whose models must share one worker
+    # device class -> nodes of the accelerators of that class that are there
+    devices: dict[str, tuple[str, ...]] = {}
     threads: int | None = None
     workers: dict[str, Any] = {}  # `workers` of the configuration, beneath the file
     origins: dict[str, str] = {}  # key path of the configuration -> the profile's file
@@ -234,6 +237,7 @@ def describe(detected: Detected, wanted: str, allowed: set[int]) -> Board:
         exclusive=tuple(
             sorted({one.device_class for one in profile.accelerators.values() if one.exclusive})
         ),
+        devices=_devices(profile, detected),
         threads=profile.workers.threads,
         workers=workers,
         origins={f"workers.{key}": resolved.origins[f"workers.{key}"] for key in workers},
@@ -248,6 +252,19 @@ def _missing(accelerator: str, detected: Detected) -> str:
         return ""
     assert detected.profile is not None
     return f"{detected.profile.accelerators[accelerator].title}: not there"
+
+
+def _devices(profile: Profile, detected: Detected) -> dict[str, tuple[str, ...]]:
+    """The nodes by device class. A USB device gets a new node when its firmware is loaded, so a
+    model that runs on one may use the whole bus.
+    """
+    nodes: dict[str, tuple[str, ...]] = {}
+    for name in sorted(detected.available):
+        one = profile.accelerators[name]
+        paths = (node.path for node in detected.seen[name].nodes)
+        mine = (USB if path.startswith(USB) else path for path in paths)
+        nodes[one.device_class] = tuple(dict.fromkeys([*nodes.get(one.device_class, ()), *mine]))
+    return nodes
 
 
 def _document(error: ProfileError) -> dict[str, str]:

@@ -86,6 +86,7 @@ def worker_spec(
         nice=config.nice,
         sandbox=config.sandbox,
         heartbeat_idle_s=config.heartbeat_idle_s,
+        devices=board.devices.get(variant.device_class, ()),
         supervisor_pid=os.getpid(),
         limits=spec.Limits(
             queue_requests_max=config.queue_requests_max,

@@ -207,7 +207,7 @@ def _confine(spec: WorkerSpec) -> list[str]:
         return ["off by configuration"]
     files = [Path(spec.artifact)]
     files += [Path(one.path) for pair in spec.goldens for one in (*pair.inputs, *pair.outputs)]
-    return sandbox.apply(files)
+    return sandbox.apply(files, map(Path, spec.devices))
 
 
 def _verify(spec: WorkerSpec) -> None:

@@ -106,8 +106,10 @@ _LANDLOCK_ADD_RULE = 445
 _LANDLOCK_RESTRICT_SELF = 446
 _LANDLOCK_RULE_PATH_BENEATH = 1
 _FS_EXECUTE = 1 << 0
+_FS_WRITE_FILE = 1 << 1
 _FS_READ_FILE = 1 << 2
 _FS_READ_DIR = 1 << 3
+_FS_IOCTL_DEVICE = 1 << 15  # from ABI 5 on; before it, an open device takes any ioctl
 # How many file-system rights each landlock ABI knows (bits from 0).
 _FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
 
@@ -239,8 +241,10 @@ def landlock_abi() -> int:
     return max(0, int(_libc.syscall(_LANDLOCK_CREATE_RULESET, None, 0, 1)))
 
 
-def restrict_files(readable: Iterable[Path]) -> str:
-    """Only `readable` (files, or directories with all beneath) can be opened, for reading."""
+def restrict_files(readable: Iterable[Path], devices: Iterable[Path] = ()) -> str:
+    """Only these files, or directories with all beneath, can be opened: `readable` for reading,
+    `devices` for writing and ioctl too.
+    """
     abi = landlock_abi()
     if abi < 1:
         return "no landlock"
@@ -255,7 +259,9 @@ def restrict_files(readable: Iterable[Path]) -> str:
         return f"no landlock ({os.strerror(ctypes.get_errno())})"
     try:
         for path in readable:
-            _allow(ruleset, path)
+            _allow(ruleset, path, _FS_READ_FILE | _FS_EXECUTE)
+        for path in devices:
+            _allow(ruleset, path, (_FS_READ_FILE | _FS_WRITE_FILE | _FS_IOCTL_DEVICE) & handled_fs)
         if _libc.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
             return f"no landlock ({os.strerror(ctypes.get_errno())})"
     finally:
@@ -263,13 +269,12 @@ def restrict_files(readable: Iterable[Path]) -> str:
     return f"landlock (ABI {abi})"
 
 
-def _allow(ruleset: int, path: Path) -> None:
+def _allow(ruleset: int, path: Path, rights: int) -> None:
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
         return  # not on this machine: nothing to allow
     try:
-        rights = _FS_READ_FILE | _FS_EXECUTE
         if path.is_dir():
             rights |= _FS_READ_DIR
         rule = ctypes.create_string_buffer(struct.pack("<Qi", rights, fd), 12)
@@ -288,7 +293,20 @@ def system_paths() -> list[Path]:
     return [Path(name) for name in dict.fromkeys(names) if name] + [here]
 
 
-def apply(readable: Iterable[Path]) -> list[str]:
-    """All measures, for this thread and all it starts; `readable` adds to `system_paths()`."""
+def driver_paths() -> list[Path]:
+    """What an accelerator's library reads besides: how it finds its device."""
+    return [Path(name) for name in ("/sys/class", "/sys/bus", "/sys/dev", "/sys/devices")]
+
+
+def apply(readable: Iterable[Path], devices: Iterable[Path] = ()) -> list[str]:
+    """All measures, for this thread and all it starts.
+
+    Args:
+        readable: files beside `system_paths()`.
+        devices: nodes of the accelerator that the model runs on; with one, `driver_paths()` too.
+    """
     no_new_privileges()
-    return ["no-new-privileges", restrict_files([*system_paths(), *readable]), deny_calls()]
+    nodes = [*devices]
+    paths = [*system_paths(), *readable, *(driver_paths() if nodes else ())]
+    measures = ["no-new-privileges", restrict_files(paths, nodes), deny_calls()]
+    return [*measures, *(f"may use {node}" for node in nodes)]

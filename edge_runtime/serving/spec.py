@@ -75,5 +75,6 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     nice: int = 0
     sandbox: bool = True
     heartbeat_idle_s: float = 60.0  # between goldens while it serves; 0: only after an event
+    devices: tuple[str, ...] = ()  # nodes that the sandbox leaves open: the accelerator's
     supervisor_pid: int = 0
     limits: Limits = Limits()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -174,6 +176,17 @@ ROWS = {
         ),
     )
 }
+
+
+def compiled_delegate(folder: Path) -> Path:
+    """The C delegate of `delegate/`, compiled; without a compiler the test is skipped."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no C compiler to build a delegate with")
+    out = folder / "libtest_delegate.so"
+    source = Path(__file__).parent / "delegate" / "delegate.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", out, source], check=True)
+    return out
 
 
 def require(library: str) -> None:

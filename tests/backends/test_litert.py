@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import threading
@@ -186,16 +185,9 @@ class TestPlacement:
         assert replaced(nodes, nodes[3]) == {0, 1, 2}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def delegate(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The C delegate of `delegate/`, compiled."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("there is no C compiler to build a delegate with")
-    out = tmp_path_factory.mktemp("delegate") / "libtest_delegate.so"
-    source = Path(__file__).parent / "delegate" / "delegate.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", out, source], check=True)
-    return str(out)
+    return str(contract.compiled_delegate(tmp_path_factory.mktemp("delegate")))
 
 
 class TestDelegate:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from edge_runtime import backends
-from edge_runtime.bundle import create
+from edge_runtime.bundle import archive, create
 from edge_runtime.bundle.manifest import Variant
-from edge_runtime.errors import GoldenError
+from edge_runtime.errors import BackendError, EdgeError, GoldenError
 from tests import tflite_writer as writer
-from tests.backends.contract import installed_tflite, require
+from tests.backends.contract import compiled_delegate, installed_tflite, require
 from tests.daemon.world import Daemon, running, until
 
 require(installed_tflite())
@@ -99,6 +102,63 @@ def test_a_library_that_computes_something_else_without_an_error_is_not_served(d
     with daemon.client() as client:
         got = client.infer("dynamic", {"input": given})["output"]
     np.testing.assert_allclose(got, given @ weights, atol=0.1)
+
+
+@pytest.fixture(scope="module")
+def accelerated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, str]]:
+    """A daemon on a board with an "NPU" whose node is /dev/full, and the delegate for it."""
+    folder = tmp_path_factory.mktemp("board")
+    library = str(compiled_delegate(folder))
+    profile = {
+        "name": "test-board",
+        "title": "A board with an NPU",
+        "backends": [{"backend": "litert", "device_class": "npu", "accelerator": "npu"}],
+        "accelerators": {"npu": {"title": "NPU", "device_class": "npu", "nodes": ["/dev/full"]}},
+    }
+    (folder / "test-board.yaml").write_text(json.dumps(profile))
+    # What is on Python's path is readable in the sandbox; a real delegate is in /usr/lib.
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+    config = {"profile": str(folder / "test-board.yaml")}
+    with running(config, environment={"PYTHONPATH": path}) as daemon:
+        yield daemon, library
+
+
+def on_npu(daemon: Daemon, name: str, data: bytes, library: str, **changes: Any) -> Path:
+    """A bundle whose variant is made for the NPU; goldens as recorded without the delegate."""
+    delegate = {"library": library, "device": "NPU", "options": {"device": "/dev/full"}}
+    plain = packed(daemon.bundles, name, data)
+    archive.extract(archive.open_bundle(plain), daemon.bundles / f"{name}-on-npu")
+    path = daemon.bundles / f"{name}-on-npu" / "model.yaml"
+    document = yaml.safe_load(path.read_text())
+    document["variants"][0] |= {"device_class": "npu", "options": {"delegate": delegate}} | changes
+    path.write_text(json.dumps(document))
+    out = daemon.bundles / f"{name}-on-npu.bundle"
+    archive.pack(archive.open_bundle(path.parent), out)
+    return out
+
+
+class TestAccelerator:
+    def test_its_model_may_open_its_node_and_says_where_it_runs(
+        self, accelerated: tuple[Daemon, str]
+    ):
+        daemon, library = accelerated
+        daemon.install(on_npu(daemon, "pair", writer.pair(), library))
+        x = np.arange(3, dtype=np.float32).reshape(1, 3)
+        with daemon.client() as client:
+            assert (client.infer("pair", {"a": x, "b": x})["sum"] == 2 * x).all()
+        assert daemon.model("pair")["device"] == "NPU"
+        assert "may use /dev/full" in str(daemon.control("ps"))
+
+    def test_a_model_for_the_cpu_may_not(self, accelerated: tuple[Daemon, str]):
+        daemon, library = accelerated
+        with pytest.raises(BackendError, match="the device cannot be opened"):
+            daemon.install(on_npu(daemon, "c", writer.pair(), library, device_class="cpu"))
+
+    def test_a_delegate_that_takes_nothing_is_refused(self, accelerated: tuple[Daemon, str]):
+        daemon, library = accelerated
+        weights = np.ones((16, 4), np.float32)
+        with pytest.raises(EdgeError, match="all of it runs on the CPU"):
+            daemon.install(on_npu(daemon, "lin", writer.linear(weights), library))
 
 
 def test_metadata_says_what_quantized_numbers_mean(daemon: Daemon):

@@ -149,6 +149,8 @@ def test_an_exclusive_accelerator_is_told_and_comes_first(tmp_path: Path) -> Non
     assert board.addons == ("coral-usb",) and board.exclusive == ("edgetpu",)
     assert board.order[0] == Line("litert", "edgetpu")
     assert board.runnable("litert", "edgetpu") == ""
+    # The stick gets another node when its firmware is loaded: the whole bus.
+    assert board.devices == {"edgetpu": ("/dev/bus/usb",)}
 
 
 def test_a_backend_without_its_device_cannot_run(tmp_path: Path) -> None:
@@ -157,6 +159,7 @@ def test_a_backend_without_its_device_cannot_run(tmp_path: Path) -> None:
     assert board.runnable("litert", "edgetpu") == "Edge TPU on USB: not there"
     assert board.runnable("litert", "cpu") == ""
     assert board.runnable("something", "else") == ""
+    assert board.devices == {}
 
 
 def test_options_of_the_variant_stand_over_those_of_the_profile() -> None:

@@ -165,6 +165,38 @@ def test_the_numbers_are_those_of_the_kernels_headers(header: str, column: int) 
 
 # --- the real thing -------------------------------------------------------------------------------
 
+# /dev/full takes any write with ENOSPC, and knows no ioctl: ENOTTY.
+DEVICES = """
+import errno, fcntl, os, sys
+from pathlib import Path
+from edge_runtime.serving import sandbox
+
+sandbox.apply([], map(Path, sys.argv[1:]))
+for node in ("/dev/full", "/dev/random"):
+    try:
+        fd = os.open(node, os.O_RDWR)
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+        continue
+    try:
+        fcntl.ioctl(fd, 0x5401)
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+"""
+
+
+@pytest.mark.parametrize(
+    ("devices", "says"), [(["/dev/full"], ["ENOTTY", "EACCES"]), ([], ["EACCES", "EACCES"])]
+)
+def test_only_the_accelerators_own_node_can_be_used(devices: list[str], says: list[str]):
+    if not sandbox.landlock_abi():
+        pytest.skip("this kernel has no landlock")
+    done = subprocess.run(
+        [sys.executable, "-c", DEVICES, *devices], capture_output=True, text=True, timeout=30
+    )
+    assert done.stdout.split() == says, done.stderr
+
+
 PROBE = """
 import ctypes, errno, fcntl, json, os, resource, signal, socket, struct, sys, threading
 from pathlib import Path

@@ -1,8 +1,10 @@
 /* An external delegate for the tests: takes every ADD of FP32 tensors of one shape, and adds
  * `offset` to each sum, so that an answer tells who computed it.
  *
- * Options: offset=NUMBER; fail=create|prepare|run. The structures are the beginnings of those in
+ * Options: offset=NUMBER; fail=create|prepare|run; device=PATH, which it opens for reading and
+ * writing. The structures are the beginnings of those in
  * tensorflow/lite/core/c/common.h; what lies behind is not touched. */
+#include <fcntl.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -146,6 +148,11 @@ Delegate *tflite_plugin_create_delegate(char **keys, char **values, size_t count
   Adder *adder = calloc(1, sizeof *adder);
   for (size_t i = 0; i < count; i++) {
     if (!strcmp(keys[i], "offset")) adder->offset = strtof(values[i], 0);
+    if (!strcmp(keys[i], "device") && open(values[i], O_RDWR) < 0) {
+      report("the device cannot be opened");
+      free(adder);
+      return 0;
+    }
     if (strcmp(keys[i], "fail")) continue;
     if (!strcmp(values[i], "create")) { report("no accelerator is plugged in"); free(adder); return 0; }
     adder->fail_prepare = !strcmp(values[i], "prepare");
