@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-dev
 ACCELERATORS := .venv-accelerators
 TFLITE := .venv-tflite
+PAIRS := .venv-pairs
 STAMP_RUN := $(VENV)/.stamp-run
 
-.PHONY: demo test test-tflite test-accelerators check bench clean install
+.PHONY: demo test test-tflite test-pairs test-accelerators check bench clean install
 
 # One environment; filled again when the requirements change. The demo needs one backend only, the
 # tests all of them (three times the download).
@@ -50,6 +51,18 @@ test-tflite: $(TFLITE)/.stamp
 	@$(TFLITE)/bin/python -m pytest -k "litert or tflite" tests/backends/test_contract.py \
 	  tests/backends/test_litert.py tests/daemon/test_litert.py
 
+# One bundle with two files that are silently wrong, each on one library, and both libraries here:
+# tflite-runtime beside onnxruntime and OpenVINO, on numpy 1 (0.4 GB).
+$(PAIRS)/.stamp: setup.cfg pyproject.toml
+	@test -x $(PAIRS)/bin/python || $(PYTHON) -m venv $(PAIRS)
+	@echo "installing into $(PAIRS) ..."
+	@$(PAIRS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[tflite,onnxruntime,openvino,image]' 'pytest>=8' onnx hypothesis
+	@touch $@
+
+test-pairs: $(PAIRS)/.stamp
+	@$(PAIRS)/bin/python -m pytest tests/selection/test_gate.py
+
 # Execution providers that are plug-ins, one with an emulated accelerator: 0.4 GB, so in an
 # environment of their own.
 $(ACCELERATORS)/.stamp: setup.cfg pyproject.toml
@@ -75,4 +88,4 @@ bench: $(STAMP)
 	@$(BIN)/python -m bench
 
 clean:
-	rm -rf $(VENV) $(ACCELERATORS) $(TFLITE) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ACCELERATORS) $(TFLITE) $(PAIRS) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

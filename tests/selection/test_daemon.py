@@ -316,6 +316,23 @@ def test_a_variant_that_begins_to_lie_is_found_by_the_heartbeat_and_left(
     print(f"lied: found after {len(wrong)} wrong answers, {asker.gap_ms():.0f} ms without any")
 
 
+def test_a_lone_variant_that_begins_to_lie_is_replaced_by_a_fresh_worker(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    daemon = make_daemon({"workers": {"heartbeat_idle_s": 0.1}}).start()
+    add(daemon, "m", [("only", fault("wrong", first_run=200))])
+    before = daemon.worker("m")["pid"]
+    for _ in range(200):
+        daemon.infer("m")
+    death = until(lambda: daemon.events("worker_died", model="m"), "its end")[0]
+    assert death["fields"]["cause"] == "golden" and death["fields"]["pid"] == before
+    until(lambda: daemon.ready("m"), "ready")
+    assert daemon.infer("m") == 7.0 and daemon.worker("m")["restarts"] == 1
+    text = daemon.control("metrics")["text"]
+    assert 'edge_golden_failures_total{model="m"} 1' in text
+    assert 'edge_goldens_total{model="m"' in text
+
+
 def test_after_the_last_variant_the_previous_version_takes_over(daemon: Daemon) -> None:
     add(daemon, "last", [("only", {})])
     add(daemon, "last", [("a", {}), ("b", {})], 2)
