@@ -73,6 +73,7 @@ class Deployment:
         self._deaths_ns: list[int] = []
         self._recovery: asyncio.Task[Any] | None = None
         self._reselection: asyncio.Task[Any] | None = None
+        self._fitted: tuple[WorkerProcess, bool] | None = None  # seen by `slim`, and what it wanted
         self._closing = False
 
     @property
@@ -383,6 +384,50 @@ class Deployment:
                     await self._take_over(generation, worker, switch, False, reason)
         except EdgeError as error:
             self._parts.emit("selection_failed", str(error), level="warning", code=error.code)
+
+    def slim(self, wanted: bool) -> None:
+        """Serve through the next smaller variant, or through the best again. May be called at any
+        time: loads do so at once, and what serves is replaced a moment later, tried once a worker.
+        """
+        self._selector.slim = wanted
+        worker = self.worker
+        if worker is None or not worker.serving or self.busy or self._fitted == (worker, wanted):
+            return
+        if wanted or self._fitted is not None:
+            self._fitted = worker, wanted
+            self._crew.spawn(self._fit())
+
+    async def _fit(self) -> None:
+        """Have the variant serve that is to serve now. Never raises: what serves goes on."""
+        try:
+            async with self._lock:
+                generation, old = self.active, self.worker
+                if generation is None or old is None or self._closing:
+                    return
+                if await self._selector.first(generation) in ("", old.spec.variant):
+                    return
+                worker = await self._selector.worker(generation, asked=False)
+                if self.worker is not old or worker.spec.variant == old.spec.variant:
+                    await self._crew.stop(worker)  # it died meanwhile, or no other one is fit
+                    return
+                await self._replace(old, worker)
+        except EdgeError as error:
+            self._parts.emit("variant_not_changed", str(error), level="warning", code=error.code)
+
+    async def _replace(self, old: WorkerProcess, worker: WorkerProcess) -> None:
+        """The flip between variants of the same generation; nothing changes on disk."""
+        self._crew.worker = worker
+        self._candidates.introduce()
+        moved = await self._crew.hand_back(old)
+        await self._crew.stop(old)
+        self._parts.emit(
+            "variant_changed",
+            f"{worker.spec.variant} serves instead of {old.spec.variant}: the device is"
+            f" {'hot' if self._selector.slim else 'cool again'}; {moved} connections moved",
+            version=worker.spec.version,
+            variant=worker.spec.variant,
+            connections=moved,
+        )
 
     # -- switching --------------------------------------------------------------------------------
 

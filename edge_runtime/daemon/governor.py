@@ -181,8 +181,10 @@ class Governor:
         return governing.reliefs(self._memory.state.step)
 
     def _hold(self) -> None:
-        """Every worker is told what holds, and has the cores that it may have."""
+        """Every model and worker is told what holds, and has the cores that it may have."""
         order, deployments = self._order(), list(self._deployments())
+        for deployment in deployments:
+            deployment.slim(self.limits.smaller)
         workers = [worker for one in deployments for worker, _ in one.workers()]
         for worker in workers:
             worker.restrain(order)

@@ -21,7 +21,7 @@ from edge_runtime.daemon.loading import Loader
 from edge_runtime.daemon.parts import Parts
 from edge_runtime.daemon.processes import WorkerProcess
 from edge_runtime.errors import EdgeError, GoldenError, ModelError, NoMemoryError
-from edge_runtime.serving import selection
+from edge_runtime.serving import governing, selection
 from edge_runtime.serving.health import Cause
 from edge_runtime.serving.selection import Measured
 from edge_runtime.store import Generation
@@ -52,6 +52,7 @@ class Selector:
         self._crew = crew
         self._loader = loader
         self._known: dict[int, Decision | None] = {}
+        self.slim = False  # the device is hot: the next smaller variant goes before the best
         self._single: set[int] = set()  # generations without a choice
 
     # -- what is known ----------------------------------------------------------------------------
@@ -140,11 +141,26 @@ class Selector:
         variants = self._in_order(decision, manifest)
         return await self._loader.load(generation, manifest, variants, asked, self._note_refusal)
 
+    async def first(self, generation: Generation) -> str:
+        """The variant that is to serve now, without deciding anew; "": there is no choice."""
+        manifest = await self._parts.shelf.manifest(generation)
+        if not self._has_choice(generation, manifest):
+            return ""
+        variants = self._in_order(await self.decision(generation.number), manifest)
+        return variants[0].name if variants else ""
+
     def _in_order(self, decision: Decision | None, manifest: Manifest) -> Sequence[Variant]:
         by_name = {one.name: one for one in manifest.variants}
         if decision is not None and by_name.keys() >= set(decision.order):
-            return [by_name[name] for name in selection.to_load(decision)]
-        return [one.variant for one in self._candidates(manifest) if not one.skipped]
+            names = list(selection.to_load(decision))
+        else:
+            names = [one.variant.name for one in self._candidates(manifest) if not one.skipped]
+        if self.slim and names:
+            tried = decision.tried if decision is not None else ()
+            slower = {one.variant for one in tried if one.verdict == "slower"}
+            sizes = {name: one.artifact.size for name, one in by_name.items()}
+            names = governing.slimmed(names, sizes, slower)
+        return [by_name[name] for name in names]
 
     def _candidates(self, manifest: Manifest) -> tuple[selection.Candidate, ...]:
         machine = self._parts.machine

@@ -49,6 +49,7 @@ class Model:
         self.worker: Worker | None = Worker()
         self.warm: Worker | None = None
         self.last_used_ns = clock.monotonic_ns()
+        self.slimmed = False
         self.log: list[str] = []
 
     def workers(self) -> list[tuple[Worker, str]]:
@@ -64,6 +65,11 @@ class Model:
     def cool(self) -> None:
         self.warm = None
         self.log.append("cool")
+
+    def slim(self, wanted: bool) -> None:
+        if wanted != self.slimmed:
+            self.slimmed = wanted
+            self.log.append("smaller" if wanted else "best")
 
     def sleep(self, reason: str) -> None:
         self.worker = None
@@ -130,6 +136,17 @@ def test_a_recorded_hot_episode_goes_down_and_up_once_each(world: World) -> None
     ]
     assert "step 2" in orders[1].reason
     assert governor.describe()["heat"]["given_up"] == []
+
+
+def test_models_are_asked_for_smaller_variants_and_back(world: World) -> None:
+    step = Step(enter_c=70, variant="smaller")
+    governor = world.govern(Ladder(zones=(Zone("cpu-thermal"),), steps=(step,)))
+    world.machine.zone(0, "cpu-thermal", 75)
+    world.look(governor, 5)
+    world.machine.zone(0, "cpu-thermal", 50)
+    world.look(governor, 40)
+    assert world.models[0].log == ["smaller", "best"]
+    assert "smaller variants" in world.events[0].message
 
 
 def test_a_worker_that_comes_later_is_told_at_the_next_look(world: World) -> None:

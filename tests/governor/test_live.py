@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -14,8 +16,12 @@ from typing import Any
 
 import pytest
 
+from edge_runtime.bundle import archive
+from edge_runtime.bundle.manifest import Blob, Manifest, Variant
+from edge_runtime.bundle.source import from_bytes
 from edge_runtime.errors import ThrottledError
-from tests.daemon.world import Daemon, filled, running, until
+from edge_runtime.tensors import TensorSpec
+from tests.daemon.world import WIDTH, Daemon, affine, filled, running, until
 
 from .machine import Machine
 
@@ -57,11 +63,11 @@ class Played:
 
 
 @contextlib.contextmanager
-def played(root: Path, **governor: Any) -> Iterator[Played]:
+def played(root: Path, more: dict[str, Any] | None = None, **governor: Any) -> Iterator[Played]:
     machine = Machine(root)
     machine.zone(0, "cpu-thermal", 45)
     config = {"interval_s": 0.05, "root": str(root), "ladder": LADDER, **governor}
-    with running({"governor": config, "workers": {"runners": 0}}) as daemon:
+    with running({"governor": config, "workers": {"runners": 0}, **(more or {})}) as daemon:
         yield Played(daemon, machine)
 
 
@@ -126,6 +132,49 @@ def test_the_ladder_comes_from_the_profile(tmp_path: Path) -> None:
         world = Played(daemon, machine)
         until(lambda: world.heat()["step"] == 1, "the first step of a Raspberry Pi 4")
         assert world.heat()["given_up"] == ["models run 75% of the time"]
+
+
+def sized_bundle(directory: Path, name: str, sizes: dict[str, int]) -> Path:
+    """The affine model in variants whose artifacts have so many bytes."""
+    blobs, variants = {}, []
+    for label, size_bytes in sizes.items():
+        data = json.dumps(affine()).encode().ljust(size_bytes)
+        blob = Blob(hashlib.sha256(data).hexdigest(), len(data), f"{label}.reference.json")
+        blobs[blob.sha256] = from_bytes(data)
+        variants.append(Variant(label, "reference", blob, label))
+    manifest = Manifest(
+        schema=1,
+        name=name,
+        version=1,
+        inputs=(TensorSpec("x", "FP32", (-1, WIDTH)),),
+        outputs=(TensorSpec("y", "FP32", (-1, WIDTH)),),
+        batch_axis=0,
+        variants=tuple(variants),
+    )
+    path = directory / f"{name}.bundle"
+    archive.pack(archive.compose(manifest, blobs), path)
+    return path
+
+
+def test_a_smaller_variant_serves_while_it_is_hot_and_no_request_is_lost(tmp_path: Path) -> None:
+    ladder = LADDER | {"steps": [{"enter_c": 70, "variant": "smaller"}]}
+    config: dict[str, Any] = {"selection": {"policy": "off"}}
+    with played(tmp_path / "root", config, ladder=ladder) as world:
+        daemon = world.daemon
+        sizes = {"fp32": 4000, "fp16": 2000, "int8": 1000}
+        daemon.install(sized_bundle(daemon.bundles, "m", sizes))
+        assert daemon.worker("m")["variant"] == "fp32"
+        with daemon.impatient() as client:
+            for celsius, variant in ((75, "fp16"), (50, "fp32"), (75, "fp16")):
+                world.machine.zone(0, "cpu-thermal", celsius)
+
+                def changed(variant: str = variant) -> bool:
+                    assert client.infer("m", {"x": filled(3.0)})["y"][0, 0] == 7.0
+                    return bool(daemon.worker("m").get("variant") == variant)
+
+                until(changed, variant)
+        until(lambda: len(daemon.events("variant_changed")) == 3, "three changes")
+        assert "fp16 serves instead of fp32: the device is hot" in world.cli("why", "m")
 
 
 def test_at_a_share_of_the_time_a_busy_model_answers_that_share(tmp_path: Path) -> None:
