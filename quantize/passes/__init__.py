@@ -36,6 +36,8 @@ FORMATS = frozenset({ONNX, TFLITE, OPENVINO})
 # name in a recipe (`use`) -> "module:class".
 PASSES: dict[str, str] = {
     "clean": "quantize.passes.graph:Clean",
+    "prune_channels": "quantize.passes.pruning:PruneChannels",
+    "prune_weights": "quantize.passes.pruning:PruneWeights",
     "static_int8": "quantize.passes.integer:StaticInt8",
     "dynamic_int8": "quantize.passes.integer:DynamicInt8",
     "weight_only": "quantize.passes.weights:WeightOnly",

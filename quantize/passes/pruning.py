@@ -1,0 +1,149 @@
+"""Pruning: fewer channels, or more zeros.
+
+Law of this file: options with their reasons; the work is in `quantize.pruning`. A pruned model
+answers worse until it is trained again: `training.py` of the examples shows how, and a recipe that
+only prunes is judged like any other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+import numpy as np
+
+from edge_runtime.errors import UsageError
+from edge_runtime.errors import did_you_mean as nearest
+from quantize import onnx_door
+from quantize.passes import FLOAT, ONNX, PRUNED, Bench
+from quantize.pruning import channels, choosing, cutting, work
+
+Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+
+
+class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whole channels go, with every weight that hangs on them: smaller and really faster.
+
+    Attributes:
+        ratio: share of the channels of each group that goes (with `across`: of all channels).
+        ratios: other shares by the name of the node that makes the channels.
+        across: rank the channels of all layers together: thin layers may lose little.
+        keep_min: of each group, the share that stays in any case.
+        multiple: channels kept are a multiple of this: SIMD kernels compute the rest anyway.
+        norm: of the weights that make a channel; the smallest go.
+        exclude: nodes whose channels stay.
+    """
+
+    ratio: Share = 0.5
+    ratios: dict[str, Share] = {}
+    across: bool = False
+    keep_min: Share = 0.1
+    multiple: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8
+    norm: Literal["l1", "l2"] = "l2"
+    exclude: tuple[str, ...] = ()
+
+    requires: ClassVar[frozenset[str]] = frozenset({ONNX, FLOAT})
+    ensures: ClassVar[frozenset[str]] = frozenset({PRUNED})
+    removes: ClassVar[frozenset[str]] = frozenset()
+
+    def apply(self, source: Path, out: Path, bench: Bench) -> None:
+        """See passes.Pass.apply."""
+        model = onnx_door.load(source)
+        found, weights = understand(model)
+        _check_names((*self.exclude, *self.ratios), model)
+        scores = {
+            group: values
+            for group, values in choosing.importance(found, weights, self.norm).items()
+            if not set(self.exclude) & set(found.nodes[group])
+        }
+        kept = choosing.keep(
+            found, scores, self.ratio, self.ratios, self.multiple, self.across, self.keep_min
+        )
+        if not kept:
+            raise UsageError(
+                "no channel can go: " + (_reasons(found) or "the ratio is too small"),
+                where="prune_channels",
+            )
+        cutting.cut(model, found, kept, weights)
+        onnx_door.save(onnx_door.infer_shapes(model), out)
+        before, after = work.macs(source), work.macs(out)
+        gone = sum(found.sizes[group] - len(left) for group, left in kept.items())
+        bench.say(
+            f"{gone} channels of {len(kept)} groups went:"
+            f" {before / 1e6:.2f} -> {after / 1e6:.2f} million multiplications"
+        )
+
+    def versions(self) -> dict[str, str]:
+        return {"onnx": onnx_door.version()}
+
+
+class PruneWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The smallest weights of each layer become 0. The runs are as fast as before, for no backend
+    skips zeros; the file is smaller once it is compressed, which is how bundles travel.
+
+    Attributes:
+        ratio: share of each weight tensor that becomes 0. exclude: nodes that keep theirs.
+    """
+
+    ratio: Share = 0.5
+    exclude: tuple[str, ...] = ()
+
+    requires: ClassVar[frozenset[str]] = frozenset({ONNX, FLOAT})
+    ensures: ClassVar[frozenset[str]] = frozenset({PRUNED})
+    removes: ClassVar[frozenset[str]] = frozenset()
+
+    def apply(self, source: Path, out: Path, bench: Bench) -> None:
+        """See passes.Pass.apply."""
+        model = onnx_door.load(source)
+        _check_names(self.exclude, model)
+        weights = onnx_door.arrays(model)
+        chosen = {
+            name
+            for node in model.graph.node
+            if node.op_type in _WEIGHTED and node.name not in self.exclude
+            for name in node.input[1:2]
+            if name in weights
+        }
+        if not chosen:
+            raise UsageError("no Conv, Gemm or MatMul has constant weights", where="prune_weights")
+        make = onnx_door.library().numpy_helper.from_array
+        for item in model.graph.initializer:
+            if item.name in chosen:
+                item.CopyFrom(make(thinned(weights[item.name], self.ratio), item.name))
+        onnx_door.save(model, out)
+
+    def versions(self) -> dict[str, str]:
+        return {"onnx": onnx_door.version()}
+
+
+_WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+
+def thinned(values: Any, ratio: float) -> Any:
+    """The array with the smallest `ratio` of its values set to 0."""
+    count = int(values.size * ratio)
+    flat = values.reshape(-1).copy()
+    flat[np.argsort(np.abs(flat), kind="stable")[:count]] = 0
+    return flat.reshape(values.shape)
+
+
+def understand(model: Any) -> tuple[channels.Channels, dict[str, Any]]:
+    """The groups of a model, and its weights."""
+    weights = onnx_door.arrays(model)
+    shapes = work.value_shapes(onnx_door.infer_shapes(model).graph)
+    return channels.analyse(model.graph, shapes, weights), weights
+
+
+def _check_names(names: tuple[str, ...], model: Any) -> None:
+    known = [node.name or node.output[0] for node in model.graph.node]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"the model has no node {name!r}", remedy=nearest(name, known))
+
+
+def _reasons(found: channels.Channels) -> str:
+    return "; ".join(
+        f"those of {', '.join(found.nodes[group][:2])}: {reason}"
+        for group, reason in list(found.frozen.items())[:3]
+    )

@@ -1,0 +1,51 @@
+"""How many multiplications one run takes.
+
+Law of this file: it counts convolutions and matrix products, as papers do; everything else is small
+beside them. A free dimension counts as 1.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from quantize import onnx_door
+
+Shapes = dict[str, tuple[int | None, ...]]
+
+
+def macs(path: Path) -> int:
+    """Multiply-accumulates of one sample; quantized operators count like their float ones."""
+    model = onnx_door.infer_shapes(onnx_door.load(path))
+    shapes = value_shapes(model.graph)
+    return sum(_of_node(node, shapes) for node in model.graph.node)
+
+
+def value_shapes(graph: Any) -> Shapes:
+    """Shapes by name of values and weights; None where a size is not known."""
+    found: Shapes = {item.name: tuple(item.dims) for item in graph.initializer}
+    for info in (*graph.input, *graph.value_info, *graph.output):
+        tensor = info.type.tensor_type
+        if tensor.HasField("shape"):
+            found[info.name] = tuple(
+                dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim
+            )
+    return found
+
+
+def _of_node(node: Any, shapes: Shapes) -> int:
+    out, into = shapes.get(node.output[0], ()), [shapes.get(name, ()) for name in node.input]
+    if node.op_type in ("Conv", "ConvInteger", "QLinearConv"):
+        weight = into[3 if node.op_type == "QLinearConv" else 1]
+        return _size(out) * _size(weight[1:])
+    if node.op_type == "ConvTranspose":
+        return _size(into[0]) * _size(into[1][1:])
+    if node.op_type in ("Gemm", "MatMul", "MatMulInteger", "QLinearMatMul", "QGemm"):
+        inner = into[0][-1:] if into else ()
+        return _size(out) * _size(inner)
+    return 0
+
+
+def _size(shape: tuple[int | None, ...]) -> int:
+    return math.prod(1 if size is None else size for size in shape)

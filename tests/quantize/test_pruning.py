@@ -1,0 +1,208 @@
+"""Channels are removed with everything that hangs on them, or left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from edge_runtime.backends import backend
+from edge_runtime.errors import UsageError
+from quantize import onnx_door, passes
+from quantize.passes import Bench, pruning
+from quantize.pruning import choosing, cutting, work
+
+MODEL = Path("examples/fashion_mnist/fp32.onnx").resolve()
+SIDE = 8
+
+
+class Net:
+    """Builds small convolutional graphs, value by value."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.nodes: list[Any] = []
+        self.weights: list[Any] = []
+        self.consumers: list[tuple[str, int]] = []  # (weight, the axis of its incoming channels)
+
+    def add(self, op: str, inputs: list[str], **attributes: Any) -> str:
+        name = f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [name], name=f"n{name}", **attributes))
+        return name
+
+    def weight(self, *shape: int) -> str:
+        name = f"w{len(self.weights)}"
+        values = (self.rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        self.weights.append(numpy_helper.from_array(values, name))
+        return name
+
+    def conv(self, x: str, into: int, out: int, group: int = 1) -> str:
+        weight, bias = self.weight(out, into // group, 3, 3), self.weight(out)
+        if group == 1:
+            self.consumers.append((weight, 1))
+        return self.add("Conv", [x, weight, bias], pads=[1, 1, 1, 1], group=group)
+
+    def norm(self, x: str, channels: int) -> str:
+        scale = self.weight(channels)
+        bias, mean = self.weight(channels), self.weight(channels)
+        variance = f"w{len(self.weights)}"
+        self.weights.append(numpy_helper.from_array(np.ones(channels, np.float32) * 1.5, variance))
+        return self.add("BatchNormalization", [x, scale, bias, mean, variance])
+
+    def gemm(self, x: str, into: int, out: int) -> str:
+        weight, bias = self.weight(out, into), self.weight(out)
+        self.consumers.append((weight, 1))
+        return self.add("Gemm", [x, weight, bias], transB=1)
+
+    def model(self, out: str, path: Path) -> Path:
+        self.nodes.append(helper.make_node("Identity", [out], ["y"], name="last"))
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, SIDE, SIDE])
+        y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", None])
+        graph = helper.make_graph(self.nodes, "net", [x], [y], self.weights)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        onnx.checker.check_model(model)
+        onnx.save(model, path)
+        return path
+
+
+def grow(net: Net, steps: list[int]) -> tuple[str, int]:
+    """A network of these steps; its last value [N, C, H, W] and C."""
+    x, channels = net.conv("x", 3, 16), 16
+    for step in steps:
+        if step == 0:
+            x, channels = net.add("Relu", [net.conv(x, channels, 24)]), 24
+        elif step == 1:  # residual
+            x = net.add("Add", [net.conv(net.add("Relu", [x]), channels, channels), x])
+        elif step == 2:  # two branches side by side
+            x, channels = net.add("Concat", [x, net.conv(x, channels, 8)], axis=1), channels + 8
+        elif step == 3:  # depthwise and normalization
+            x = net.norm(net.conv(x, channels, channels, group=channels), channels)
+        elif step == 4:  # squeeze and excitation
+            pooled = net.add("GlobalAveragePool", [x])
+            x = net.add("Mul", [x, net.add("Sigmoid", [net.conv(pooled, channels, channels)])])
+        elif step == 5:
+            x = net.add("Clip", [net.norm(net.conv(x, channels, 16), 16)])
+            channels = 16
+    return x, channels
+
+
+def run(path: Path, x: np.ndarray) -> np.ndarray:
+    return backend("onnxruntime").load(path, {"graph_level": "disabled"}).run({"x": x})["y"]
+
+
+def bench(path: Path) -> Bench:
+    return Bench({}, (), (), 0, 0, lambda what: None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    steps=st.lists(st.integers(0, 5), max_size=5),
+    flatten=st.booleans(),
+    seed=st.integers(0, 10_000),
+    data=st.data(),
+)
+def test_channels_that_nothing_listens_to_can_go_and_no_answer_changes(
+    steps: list[int], flatten: bool, seed: int, data: st.DataObject, tmp_path_factory: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("prune")
+    net = Net(seed)
+    x, channels = grow(net, steps)
+    if flatten:
+        x = net.gemm(
+            net.add("Flatten", [net.add("MaxPool", [x], kernel_shape=[2, 2], strides=[2, 2])]),
+            channels * SIDE * SIDE // 4,
+            5,
+        )
+    else:
+        x = net.gemm(net.add("Flatten", [net.add("GlobalAveragePool", [x])]), channels, 5)
+    path = net.model(x, folder / "net.onnx")
+    model = onnx_door.load(path)
+    found, weights = pruning.understand(model)
+    # A sum of a concatenation and of one convolution is left alone, and said so.
+    assert found.prunable or any("Add" in reason for reason in found.frozen.values())
+    kept = {}
+    for group in found.prunable:
+        size = found.sizes[group]
+        gone = data.draw(st.sets(st.integers(0, size - 1), max_size=size - 1))
+        kept[group] = np.array([index for index in range(size) if index not in gone])
+    # Deaf first: whoever reads a channel that goes gets zero weights for it.
+    deaf = onnx_door.load(path)
+    for one in found.cuts:
+        if (one.weight, one.axis) not in net.consumers:
+            continue
+        stays = cutting.indices(one, found, kept)
+        for item in deaf.graph.initializer:
+            if item.name == one.weight:
+                values = np.zeros_like(weights[one.weight])
+                index = (slice(None),) * one.axis + (stays,)
+                values[index] = numpy_helper.to_array(item)[index]
+                item.CopyFrom(numpy_helper.from_array(values, item.name))
+    onnx.save(deaf, folder / "deaf.onnx")
+    cutting.cut(model, found, kept, weights)
+    onnx_door.save(onnx_door.infer_shapes(model), folder / "cut.onnx")
+    samples = np.random.Generator(np.random.PCG64(seed)).random(
+        (2, 3, SIDE, SIDE), dtype=np.float32
+    )
+    want, got = run(folder / "deaf.onnx", samples), run(folder / "cut.onnx", samples)
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_half_of_the_channels_make_a_quarter_of_the_work(tmp_path: Path) -> None:
+    how = passes.decode({"use": "prune_channels", "ratio": 0.5}, "passes[0]")
+    how.apply(MODEL, tmp_path / "half.onnx", bench(MODEL))
+    before, after = work.macs(MODEL), work.macs(tmp_path / "half.onnx")
+    assert before > 18e6
+    assert 3.5 < before / after < 4.2
+    x = np.zeros((3, 1, 28, 28), np.float32)
+    answer = backend("onnxruntime").load(tmp_path / "half.onnx", {}).run({"input": x})
+    assert answer["logits"].shape == (3, 10)
+
+
+def test_the_model_s_outputs_keep_their_channels_and_shared_weights_stay(tmp_path: Path) -> None:
+    net = Net(1)
+    weight, bias = net.weight(16, 16, 3, 3), net.weight(16)
+    first = net.conv("x", 3, 16)
+    shared = [net.add("Conv", [first, weight, bias], pads=[1, 1, 1, 1])]
+    shared.append(net.add("Conv", [shared[0], weight, bias], pads=[1, 1, 1, 1]))
+    path = net.model(net.add("Flatten", [shared[1]]), tmp_path / "shared.onnx")
+    found, _ = pruning.understand(onnx_door.load(path))
+    assert found.prunable == ()
+    assert any("shared" in reason or "output" in reason for reason in found.frozen.values())
+    with pytest.raises(UsageError, match="no channel can go"):
+        passes.decode({"use": "prune_channels"}, "p").apply(path, tmp_path / "x.onnx", bench(path))
+
+
+def test_a_node_that_is_not_understood_freezes_what_reaches_it(tmp_path: Path) -> None:
+    net = Net(2)
+    x = net.add("Softmax", [net.conv("x", 3, 16)], axis=1)
+    path = net.model(net.gemm(net.add("Flatten", [x]), 16 * SIDE * SIDE, 4), tmp_path / "s.onnx")
+    found, _ = pruning.understand(onnx_door.load(path))
+    assert found.prunable == ()
+    assert "Softmax" in " ".join(found.frozen.values())
+
+
+@given(size=st.integers(1, 300), share=st.floats(0, 0.99), multiple=st.integers(1, 64))
+def test_what_is_kept_is_a_multiple_never_nothing_and_never_more(
+    size: int, share: float, multiple: int
+) -> None:
+    count = choosing.kept_count(size, share, multiple)
+    assert 1 <= count <= size
+    assert count >= size - int(size * share) - 1
+    if size >= 2 * multiple and count < size:
+        assert count % multiple == 0
+
+
+def test_thinned_weights_are_as_many_zeros_as_asked_and_the_largest_stay() -> None:
+    from quantize.passes import pruning
+
+    values = np.arange(1, 101, dtype=np.float32).reshape(10, 10) - 50.5
+    thin = pruning.thinned(values, 0.3)
+    assert (thin == 0).sum() == 30
+    assert np.abs(values[thin == 0]).max() <= np.abs(thin[thin != 0]).min()
