@@ -305,7 +305,7 @@ def _check_nodes(source: Path, names: tuple[str, ...]) -> None:
     """Raises: UsageError for a name that no node has: the library would ignore it."""
     if not names:
         return
-    from edge_runtime.backends import did_you_mean
+    from edge_runtime.errors import did_you_mean
 
     known = [node.name for node in onnx_door.load(source).graph.node]
     for name in names:

@@ -10,18 +10,21 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
 import msgspec
-import numpy as np
 
-from edge_runtime.backends import did_you_mean
 from edge_runtime.backends import options as typed
-from edge_runtime.errors import UsageError
+from edge_runtime.errors import UsageError, did_you_mean
 from edge_runtime.tensors import TensorSpec
 
-Array = np.ndarray[Any, Any]
-Feeds = dict[str, Array]  # per input name an array [samples, ...]
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+    Feeds = dict[str, Array]  # per input name an array [samples, ...]
+else:  # the table of passes can be read where numpy is not installed
+    Array = Feeds = Any
 Say = Callable[[str], None]
 
 # What a file is. A pass requires some and ensures some; the runner checks both before any work.
