@@ -20,9 +20,11 @@ INT8, RESOURCE = 9, 13
 TYPE_SIZES = {FLOAT32: 4, INT32: 4, UINT8: 1, INT64: 8, BOOL: 1, INT8: 1}
 
 ADD, DEQUANTIZE, FULLY_CONNECTED, MUL, CUSTOM, QUANTIZE = 0, 6, 9, 18, 32, 114
+RESHAPE, UNIDIRECTIONAL_SEQUENCE_RNN = 22, 35
 CALL_ONCE, VAR_HANDLE, READ_VARIABLE, ASSIGN_VARIABLE = 129, 142, 143, 144
 ADD_OPTIONS, MUL_OPTIONS, FULLY_CONNECTED_OPTIONS = 11, 21, 8  # BuiltinOptions
 CALL_ONCE_OPTIONS, VAR_HANDLE_OPTIONS = 103, 111
+SEQUENCE_RNN_OPTIONS = 31
 
 
 # --- flatbuffers ---------------------------------------------------------------------------------
@@ -387,6 +389,40 @@ def counter() -> bytes:
         [],
     )
     return model(main, start, signatures=[Signature({"x": 1}, {"total": 3})])
+
+
+def recurrent() -> bytes:
+    """ "x" FP32 [1, 1, 1] -> "y": as `counter`, with a variable tensor inside one operator."""
+    shape, one = [1, 1], struct.pack("<f", 1)
+    graph = Graph(
+        [
+            Tensor("x", [1, 1, 1]),
+            Tensor("weights", shape, data=one),
+            Tensor("recurrent", shape, data=one),
+            Tensor("bias", [1], data=bytes(4)),
+            Tensor("state", shape, is_variable=True),
+            Tensor("y", [1, 1, 1]),
+        ],
+        [Operator(UNIDIRECTIONAL_SEQUENCE_RNN, [0, 1, 2, 3, 4], [5], SEQUENCE_RNN_OPTIONS)],
+        [0],
+        [5],
+    )
+    return model(graph)
+
+
+def text() -> bytes:
+    """ "x" BYTES [N] -> "y" BYTES [1, N]: a reshape."""
+    graph = Graph(
+        [
+            Tensor("x", [-1], STRING),
+            Tensor("shape", [2], INT32, struct.pack("<ii", 1, -1)),
+            Tensor("y", [1, -1], STRING),
+        ],
+        [Operator(RESHAPE, [0, 1], [2])],
+        [0],
+        [2],
+    )
+    return model(graph)
 
 
 def mixed() -> bytes:

@@ -318,27 +318,29 @@ class _Engine:
             shapes = tuple(array.shape for array in given)
             if shapes != self.shapes:
                 self._resize(shapes)
-            for index, array in zip(self._inputs, given, strict=True):
-                interpreter.set_tensor(index, array)
+            for number, array in zip(self._inputs, given, strict=True):
+                interpreter.set_tensor(number, array)
             interpreter.invoke()
         except _FOREIGN as e:
             raise BackendError(f"LiteRT failed to run: {_brief(e)}") from e
         return {name: self._output(name, out) for name, out in wanted.items()}
 
     def _resize(self, shapes: tuple[tuple[int, ...], ...]) -> None:
-        for index, shape in zip(self._inputs, shapes, strict=True):
-            self._interpreter.resize_tensor_input(index, shape, strict=True)
+        # Not the library's `strict`: shapes are checked already, and it forgets which dimensions of
+        # a tensor of strings are free as soon as one was set.
+        for number, shape in zip(self._inputs, shapes, strict=True):
+            self._interpreter.resize_tensor_input(number, shape)
         self._interpreter.allocate_tensors()
         self.shapes = shapes
 
     def _output(self, name: str, out: Array | None) -> Array:
-        index = self._outputs[name]
+        number = self._outputs[name]
         if out is None or not out.size or name in self._texts:
-            result: Array = self._interpreter.get_tensor(index)
+            result: Array = self._interpreter.get_tensor(number)
             if out is None:
                 return result
         else:
-            result = self._interpreter.tensor(index)()  # a view: gone before the next invoke
+            result = self._interpreter.tensor(number)()  # a view: gone before the next invoke
         checks.check_given(name, result, out)
         np.copyto(out, result)
         return out
@@ -437,7 +439,7 @@ def _fix_shapes(
             raise UsageError(
                 f"{list(shape)} does not fit", where=where, expected=f"{list(spec.shape)}"
             )
-        interpreter.resize_tensor_input(number, shape, strict=True)
+        interpreter.resize_tensor_input(number, shape)
 
 
 def _fixed(tensor: _Tensor, shapes: Mapping[str, tuple[int, ...]]) -> _Tensor:
@@ -523,11 +525,13 @@ def _check_placement(placement: tuple[Placement, ...], options: Options) -> None
     """With `cpu_fallback: false`, the delegate has all nodes. Raises: BackendError."""
     if options.delegate is None or options.cpu_fallback:
         return
-    left = sum(place.nodes for place in placement if place.device == "CPU")
-    if left or not placement:
+    on_cpu = [place.nodes for place in placement if place.device == "CPU"]
+    if on_cpu:
         nodes = sum(place.nodes for place in placement)
         raise BackendError(
-            f"{left} of {nodes} nodes would run on the CPU",
+            f"{sum(on_cpu)} of {nodes} nodes would run on the CPU"
+            if nodes
+            else "which nodes would run on the CPU is not known",
             where="options.cpu_fallback",
             expected=f"all of them on {options.delegate.library}",
             remedy="convert the model with operators that it takes, or allow cpu_fallback",

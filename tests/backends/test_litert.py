@@ -116,6 +116,17 @@ class TestShapes:
         assert not wrong and not any(thread.is_alive() for thread in threads)
 
 
+def test_text_of_any_number_passes_unchanged(tmp_path: Path):
+    model = load(tmp_path, tflite_writer.text())
+    assert (model.inputs[0].datatype, model.outputs[0].datatype) == ("BYTES", "BYTES")
+    for count in (2, 3, 1):
+        x = np.array([b"abc", b"\xff\0z", b""][:count], object)
+        assert model.run({"x": x})["y"].tolist() == [x.tolist()]
+        out = np.empty((1, count), object)
+        model.bind({"x": x}, {"y": out})()
+        assert out.tolist() == [x.tolist()]
+
+
 class TestState:
     def test_every_request_starts_anew_by_default(self, tmp_path: Path):
         model = load(tmp_path, tflite_writer.counter())
@@ -123,6 +134,20 @@ class TestState:
         run = model.bind({"x": given}, {"total": None})
         assert [float(run()["total"][0]) for _ in range(3)] == [5, 5, 5]
         assert float(model.run({"x": given})["total"][0]) == 5
+
+    @pytest.mark.parametrize(("stateful", "answers"), [("reset", [2, 2, 2]), ("keep", [2, 4, 6])])
+    def test_a_state_inside_an_operator_is_reset_or_kept_too(
+        self, tmp_path: Path, stateful: str, answers: list[float]
+    ):
+        model = load(tmp_path, tflite_writer.recurrent(), stateful=stateful)
+        assert model.keeps_state == (stateful == "keep")
+        x = np.full((1, 1, 1), 2, np.float32)
+        run = model.bind({"x": x}, {"y": None})
+        got = []
+        for _ in range(3):
+            got.append(run()["y"].item())
+            assert model.run({"x": x})["y"].item() == 2
+        assert got == answers
 
     def test_a_kept_state_goes_from_request_to_request_of_any_binding(self, tmp_path: Path):
         model = load(tmp_path, tflite_writer.counter(), stateful="keep")
