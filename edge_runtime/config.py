@@ -146,6 +146,12 @@ class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     free_bytes_min: Annotated[
         int, _number(0, 16384 * GIB, "bytes", "kept for the rest of the machine by each install")
     ] = 64 * MIB
+    compiled_bytes_max: Annotated[
+        int,
+        _number(
+            0, 1024 * GIB, "bytes", "of models compiled for a device, oldest go; 0: none are kept"
+        ),
+    ] = 1 * GIB
 
 
 class RestartConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

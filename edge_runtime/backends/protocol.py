@@ -73,6 +73,16 @@ class Model(Protocol):
         """
 
 
+class BlobCache(Protocol):
+    """What was compiled from one artifact on this device, by earlier loads."""
+
+    def get(self, key: str) -> bytes | None:
+        """The blob that was put for this key, byte for byte; None: there is none."""
+
+    def put(self, key: str, blob: bytes) -> None:
+        """Offer a blob to be kept for later loads. Never raises; it may be forgotten."""
+
+
 class Backend(Protocol):
     """A library that can load models."""
 
@@ -106,3 +116,14 @@ class Preparing(Protocol):
         thread behind (threads do not survive a fork) and hold nothing of a user's. The template
         tries it in a child first and leaves it out if it fails or threads remain.
         """
+
+
+@runtime_checkable
+class Caching(Protocol):
+    """A backend whose library compiles for minutes, and can take what it compiled before.
+
+    The key that it chooses must hold all that a blob depends on besides the artifact: versions of
+    library and driver, device, shapes, options.
+    """
+
+    cache: BlobCache | None  # set before `load` by whoever has one

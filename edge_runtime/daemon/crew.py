@@ -16,7 +16,7 @@ from edge_runtime.daemon.parts import Parts
 from edge_runtime.daemon.processes import WorkerProcess
 from edge_runtime.daemon.residency import Resident
 from edge_runtime.daemon.trial import Trial
-from edge_runtime.serving import page
+from edge_runtime.serving import channel, page
 from edge_runtime.serving.spec import WorkerSpec
 
 # A worker asked to stop answers what it has first; then it is killed.
@@ -94,7 +94,11 @@ class Crew:
 
     def newcomer(self, spec: WorkerSpec, need_bytes: int) -> WorkerProcess:
         """A worker to be forked; its memory counts as taken from now until its end."""
-        worker = WorkerProcess(spec, "", self._parts.clock, self._parts.returned)
+
+        def keep(message: channel.Compiled, fd: int) -> None:
+            self._parts.compiled.keep(spec.model, spec.artifact_sha256, message, fd)
+
+        worker = WorkerProcess(spec, "", self._parts.clock, self._parts.returned, keep)
         self._needs_bytes[spec.generation, spec.variant] = need_bytes
         self._living.add(worker)
 

@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from edge_runtime.bundle.manifest import Manifest, Variant
 from edge_runtime.daemon import residency, specs
 from edge_runtime.daemon.crew import Crew
@@ -130,7 +132,7 @@ class Loader:
     async def _spec(
         self, generation: Generation, manifest: Manifest, variant: Variant
     ) -> WorkerSpec:
-        return await self._parts.shelf.read(
+        spec = await self._parts.shelf.read(
             lambda store: specs.worker_spec(
                 manifest,
                 variant,
@@ -141,6 +143,8 @@ class Loader:
                 self._parts.board,
             )
         )
+        kept = self._parts.compiled.directory(spec.artifact_sha256)
+        return msgspec.structs.replace(spec, compiled_dir=str(kept)) if kept else spec
 
     async def _bring_up(self, worker: WorkerProcess) -> channel.Ready:
         """Fork it and wait until it is ready.

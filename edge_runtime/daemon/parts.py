@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from edge_runtime.clock import Clock
 from edge_runtime.config import Config, WorkerConfig
 from edge_runtime.daemon.board import Board
+from edge_runtime.daemon.compiled import CompiledModels
 from edge_runtime.daemon.machine import Machine
 from edge_runtime.daemon.processes import Templates
 from edge_runtime.daemon.shelf import Shelf
@@ -38,6 +39,7 @@ class Parts(NamedTuple):
     returned: Returned
     make_room: MakeRoom
     machine: Machine
+    compiled: CompiledModels
 
     @property
     def worker_config(self) -> WorkerConfig:

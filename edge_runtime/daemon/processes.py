@@ -36,6 +36,9 @@ PF_EXITING = 0x4
 # An out-of-memory kill counts for a death when it is younger than so many looks of the supervisor:
 # long enough for a large process to be taken down, short enough not to blame an old one.
 OOM_SAMPLES = 20
+# Compiled models that a worker may give us to keep: one for each device that it tries; more would
+# be a worker that wants to fill the disk.
+COMPILED_MAX = 4
 # What numpy's and the backends' own thread pools would start at import, before any fork.
 SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -189,6 +192,7 @@ class WorkerProcess:
         backend_version: str,
         clock: Clock,
         returned: Callable[[channel.Returned, list[int]], None],
+        keep: Callable[[channel.Compiled, int], None],
     ) -> None:
         loop = asyncio.get_running_loop()
         self.spec = spec
@@ -202,6 +206,8 @@ class WorkerProcess:
         self.stopping = False
         self._clock = clock
         self._returned = returned
+        self._keep = keep
+        self._may_give = COMPILED_MAX
         self._failure: dict[str, Any] = {}
         self._measured: asyncio.Future[channel.Measured] | None = None
         self._hung_for_s: float | None = None
@@ -355,6 +361,10 @@ class WorkerProcess:
             uid = message.peer[1]
             self._given[uid] = max(self._given[uid] - 1, 0)
             self._returned(message, fds)
+            return
+        if isinstance(message, channel.Compiled) and self._may_give and len(fds) == 1:
+            self._may_give -= 1
+            self._keep(message, fds[0])
             return
         sockets.close_fds(fds)
         if isinstance(message, channel.Phase):

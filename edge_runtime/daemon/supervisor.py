@@ -23,6 +23,7 @@ from edge_runtime.daemon import machine, memory
 from edge_runtime.daemon.access import Access, resolve
 from edge_runtime.daemon.board import Board
 from edge_runtime.daemon.commands import Commands
+from edge_runtime.daemon.compiled import CompiledModels
 from edge_runtime.daemon.control import ControlServer
 from edge_runtime.daemon.deployment import Deployment
 from edge_runtime.daemon.governor import Governor
@@ -85,6 +86,13 @@ class Supervisor:
         )
         auto_bytes = board.budget_bytes(memory.limit_bytes())
         self._machine = machine.look(board)
+        self._compiled = CompiledModels(
+            SystemFiles(),
+            state_dir / "compiled",
+            config.store.compiled_bytes_max,
+            config.store.free_bytes_min,
+            self.events,
+        )
         self._room = Room(auto_bytes if budget == "auto" else budget, self.deployments, clock)
 
     # -- the day of a daemon -----------------------------------------------------------------------
@@ -102,6 +110,7 @@ class Supervisor:
         try:
             self.templates = Templates(reaper, self.events, self.clock, self.statistics.watch)
             self.router = Router(self, self.config, self.events, self.clock)
+            await self.shelf.read(self._compiled.tidy)
             # Before anybody can ask: whoever started us by connecting must find the model known.
             for name in await self.shelf.call(lambda opened: opened.models()):
                 self.know(name)
@@ -278,6 +287,7 @@ class Supervisor:
                     returned=lambda message, fds: self.router.take_back(message, fds, name),
                     make_room=self._room.make,
                     machine=self._machine,
+                    compiled=self._compiled,
                 )
             )
             self._deployments[name] = deployment

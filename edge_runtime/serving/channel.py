@@ -65,6 +65,16 @@ class Phase(msgspec.Struct, frozen=True, tag="phase"):
     name: str
 
 
+class Compiled(msgspec.Struct, frozen=True, tag="compiled"):
+    """Worker to supervisor: keep this for the next load of the same artifact.
+
+    Descriptors: a memfd with the file (serving.compiled).
+    """
+
+    name: str
+    size: int
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Worker to supervisor: loaded, warm, goldens equal; serving from now on."""
 
@@ -222,6 +232,7 @@ Message = (
     | Forked
     | TemplateReady
     | Phase
+    | Compiled
     | Ready
     | Failed
     | Adopt

@@ -22,9 +22,10 @@ import msgspec
 import numpy as np
 
 from edge_runtime.backends import placement
+from edge_runtime.backends.protocol import Caching
 from edge_runtime.clock import monotonic_ns, suspended_ns
 from edge_runtime.errors import BackendError, BundleError, EdgeError, PlacementError
-from edge_runtime.serving import batching, channel, goldens, page, plan, sandbox
+from edge_runtime.serving import batching, channel, compiled, goldens, page, plan, sandbox
 from edge_runtime.serving.batching import Choice
 from edge_runtime.serving.heartbeat import Heart
 from edge_runtime.serving.spec import WorkerSpec
@@ -64,6 +65,8 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
         enter("load")
         began_ns = monotonic_ns()
         _verify(spec)
+        if spec.compiled_dir and isinstance(backend, Caching):
+            backend.cache = compiled.Cache(Path(spec.compiled_dir), control)
         model = backend.load(Path(spec.artifact), spec.options)
         plan.check_signature(model, spec.inputs, spec.outputs)
         fallen_back = _check_placement(spec, model)
@@ -207,6 +210,8 @@ def _confine(spec: WorkerSpec) -> list[str]:
         return ["off by configuration"]
     files = [Path(spec.artifact)]
     files += [Path(one.path) for pair in spec.goldens for one in (*pair.inputs, *pair.outputs)]
+    if spec.compiled_dir:
+        files.append(Path(spec.compiled_dir))
     return sandbox.apply(files, map(Path, spec.devices))
 
 

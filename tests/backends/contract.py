@@ -200,9 +200,9 @@ def require(library: str) -> None:
 def openvino() -> Any:
     """The library, imported by its door; the test or module is skipped where it is missing."""
     require("openvino")
-    from edge_runtime.backends import openvino as door
+    from edge_runtime.backends import openvino_library
 
-    return door._library()
+    return openvino_library.library()
 
 
 def rows() -> list[Any]:

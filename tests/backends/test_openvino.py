@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_runtime.backends import backend
+from edge_runtime.backends import backend, openvino_library
 from edge_runtime.backends import openvino as door
 from edge_runtime.errors import BackendError, RequestError, UsageError
 from edge_runtime.tensors import TensorSpec
@@ -161,6 +161,74 @@ class TestDevices:
         assert caught.value.where == "options.device"
 
 
+class Kept(dict[str, bytes]):
+    """A cache in memory, which counts what was asked and given."""
+
+    def __init__(self) -> None:
+        self.hits = 0
+
+    def get(self, key: str) -> bytes | None:  # type: ignore[override]
+        blob = super().get(key)
+        self.hits += blob is not None
+        return blob
+
+    def put(self, key: str, blob: bytes) -> None:
+        self[key] = blob
+
+
+class TestCompiled:
+    """On the CPU, told to keep: the library does the same for an NPU."""
+
+    def load(self, artifact: Path, cache: Kept, **options: Any) -> door.OpenVinoModel:
+        backend = door.OpenVino()
+        backend.cache = cache
+        return backend.load(artifact, {"compiled": "keep", **options})
+
+    def test_the_second_load_takes_what_the_first_has_compiled(
+        self, tmp_path: Path, weights: np.ndarray
+    ):
+        artifact, cache = contract.onnx_linear(tmp_path, weights), Kept()
+        x = np.ones((3, 16), np.float32)
+        answers = []
+        for hits in (0, 1):
+            model = self.load(artifact, cache)
+            assert (len(cache), cache.hits) == (1, hits)
+            run = model.bind({"input": x}, {"output": np.empty((3, 4), np.float32)})
+            answers += [model.run({"input": x})["output"], run()["output"], run()["output"]]
+        for answer in answers:
+            np.testing.assert_array_equal(answer, answers[0])
+
+    def test_other_options_shapes_or_versions_are_other_blobs(
+        self, tmp_path: Path, weights: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    ):
+        artifact, cache = contract.onnx_linear(tmp_path, weights), Kept()
+        choices: list[dict[str, Any]] = [{}, {"streams": 2}, {"shapes": {"input": [1, 16]}}]
+        for options in choices:
+            self.load(artifact, cache, **options)
+        monkeypatch.setattr(openvino, "__version__", "2031.1")
+        self.load(artifact, cache)
+        assert len(cache) == 4 and cache.hits == 0
+
+    @pytest.mark.parametrize("damage", [lambda blob: b"", lambda blob: blob[: len(blob) // 2]])
+    def test_a_blob_that_the_library_refuses_is_compiled_again(
+        self, tmp_path: Path, weights: np.ndarray, damage: Any
+    ):
+        artifact, cache = contract.onnx_linear(tmp_path, weights), Kept()
+        self.load(artifact, cache)
+        ((key, blob),) = cache.items()
+        cache[key] = damage(blob)
+        model = self.load(artifact, cache)
+        assert len(cache[key]) == len(blob)
+        x = np.ones((1, 16), np.float32)
+        np.testing.assert_allclose(model.run({"input": x})["output"], x @ weights, rtol=1e-5)
+
+    def test_by_default_nothing_is_kept_for_the_cpu(self, tmp_path: Path):
+        backend, cache = door.OpenVino(), Kept()
+        backend.cache = cache
+        backend.load(identity(tmp_path), {})
+        assert not cache
+
+
 class TestOptions:
     def test_every_option_reaches_the_compiled_model(self, tmp_path: Path):
         model = load(identity(tmp_path), streams=2, hint="throughput")
@@ -282,7 +350,7 @@ class TestFailures:
         self, monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setitem(sys.modules, "openvino", None)
-        door._library.cache_clear()
+        openvino_library.library.cache_clear()
         with pytest.raises(BackendError, match=r"edge-runtime\[openvino\]"):
             backend("openvino").version()
 
