@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from bench import (
+    backends,
     latency,
     memory,
     models,
@@ -62,6 +63,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     _throughput("tiny-clients", "tiny model, 1, 4 and 16 clients on the other core"),
     _throughput("rows-clients", "[N,64], a row a request, 1, 4 and 16 clients on the other core"),
     _throughput("image-clients", "conv net, 1 and 4 clients, all cores"),
+    Scenario("backends", "each backend against calls of its own library", (), backends.measure),
     Scenario("memory", "resident memory", ("tiny", "tiny2", "camera"), memory.measure),
     Scenario(
         "swap",

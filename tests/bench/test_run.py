@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from bench import latency, models, proc
+from bench import backends, latency, models, proc
 from bench.__main__ import SCENARIOS
 from bench.child import Child
 from bench.peers import PEERS, Order
 from bench.scenario import BenchError
+from edge_runtime.backends import BACKENDS, backend
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,6 +50,22 @@ def test_every_scenario_names_models_and_peers_that_exist() -> None:
     assert {name for one in SCENARIOS for name in one.models} <= models.MODELS.keys()
     assert {peer for case in latency.CASES.values() for peer in case.peers} <= PEERS.keys()
     assert len({one.name for one in SCENARIOS}) == len(SCENARIOS)
+
+
+def test_every_case_of_a_backend_has_its_file_and_its_library_calls() -> None:
+    for case in backends.CASES.values():
+        assert case.backend in BACKENDS and case.backend in backends.LIBRARIES
+        assert (backends.FASHION_MNIST / case.file).exists()
+
+
+def test_a_plain_call_of_each_library_that_is_installed_gives_the_same_classes() -> None:
+    classes = set()
+    for case in backends.CASES.values():
+        if case.file.startswith("fp32") and find_spec(case.library):
+            backend(case.backend).version()
+            call = backends.LIBRARIES[case.backend](backends.FASHION_MNIST / case.file)
+            classes.add(int(call().argmax()))
+    assert len(classes) == 1
 
 
 def test_the_memory_of_this_process_is_read_in_bytes() -> None:
