@@ -11,6 +11,7 @@ with their file: a value's source is the one that its own file gives.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin
@@ -377,7 +378,7 @@ def _unknown_keys(value: Any, hint: Any, path: str) -> Iterator[tuple[str, str, 
     """(path, key, known keys) of every key that no struct has."""
     struct = _struct_in(hint)
     if isinstance(value, dict) and struct is not None:
-        fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
+        fields = _fields(struct)
         if get_origin(hint) is dict:
             for key, inner in value.items():
                 yield from _unknown_keys(inner, struct, f"{path}.{key}")
@@ -390,6 +391,12 @@ def _unknown_keys(value: Any, hint: Any, path: str) -> Iterator[tuple[str, str, 
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             yield from _unknown_keys(inner, struct, f"{path}[{index}]")
+
+
+@functools.cache
+def _fields(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """Its fields and their types; evaluating these takes longer than everything else here."""
+    return {field.name: field.type for field in msgspec.structs.fields(struct)}
 
 
 def _struct_in(hint: Any) -> type[msgspec.Struct] | None:

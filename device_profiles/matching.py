@@ -18,6 +18,7 @@ from typing import NamedTuple
 from device_profiles.loading import Resolved
 from device_profiles.schema import Machine, Match
 
+# In words, for whoever must tell it.
 FALLBACK = "none of the profiles fits this machine"
 
 

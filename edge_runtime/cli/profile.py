@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 # Whose permissions `check` looks at, where the account exists: packaging/ makes it.
 DAEMON_USER = "edge-runtime"
-EXIT_FAILED = 1  # of `check`: something in it fails
+# Of `check`, as of `doctor` and of monitoring plug-ins.
+EXIT_CODES = {"pass": 0, "warn": 1, "fail": 2}
 LEARN_S = 20.0
 
 
@@ -50,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
     show.add_argument("profile", nargs="?", default="auto", metavar="NAME|FILE")
     show.set_defaults(handler=_show)
     check = verbs.add_parser(
-        "check", description="Compare a profile with this machine; exit 1 if something fails."
+        "check", description="Compare a profile with this machine: 0 right, 1 warnings, 2 failures."
     )
     check.add_argument("profile", nargs="?", default="auto", metavar="NAME|FILE")
     check.add_argument("--user", help=f"whose permissions count (default: {DAEMON_USER}, else you)")
@@ -261,7 +262,7 @@ def _check(arguments: argparse.Namespace) -> int:
     else:
         print(f"profile {resolved.profile.name}, for the user {user.name}")
         print("\n".join(line for one in findings for line in _finding_lines(one)))
-    return EXIT_FAILED if state == "fail" else 0
+    return EXIT_CODES[state]
 
 
 def _finding_lines(finding: Finding) -> Iterator[str]:

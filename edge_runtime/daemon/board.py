@@ -122,7 +122,6 @@ class _Told(msgspec.Struct, frozen=True):
 class Detection(NamedTuple):
     """A detection under way."""
 
-    wanted: str
     pid: int  # 0: there is none
     told: int  # descriptor
 
@@ -157,14 +156,14 @@ def start(wanted: str) -> Detection:
         wanted: `auto`, `none`, a name, or a path.
     """
     if wanted == NONE:
-        return Detection(wanted, 0, -1)
+        return Detection(0, -1)
     told, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(told)
         _tell(wanted, tell)
     os.close(tell)
-    return Detection(wanted, pid, told)
+    return Detection(pid, told)
 
 
 def _tell(wanted: str, tell: int) -> NoReturn:

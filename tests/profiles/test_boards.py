@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from device_profiles import checking, loading, matching, probe
 from device_profiles.schema import CHOICE
+from edge_runtime.backends import BACKENDS, options
 from tests.profiles.boards import BOARDS, CORAL_M2, CORAL_USB, PI_5, Board, lay_out, with_files
 
 NAMES = loading.names([loading.BUILT_IN])
@@ -113,3 +115,12 @@ def test_a_processor_that_no_profile_is_for_gets_none(tmp_path: Path) -> None:
 def test_this_machine_is_known() -> None:
     verdict = matching.choose(probe.describe(), loading.load_all()[0])
     assert verdict.board is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_options_of_a_profile_are_options_of_the_backend(name: str) -> None:
+    """They go to the backend as a variant's would: a wrong one would refuse every variant."""
+    for choice in loading.load(name).profile.backends:
+        module = importlib.import_module(BACKENDS[choice.backend].partition(":")[0])
+        if choice.options:
+            options.decode(module.Options, choice.options)

@@ -102,15 +102,15 @@ def test_check_passes_on_the_right_board_and_fails_on_a_closed_node(
     text = profile("check", "--user", nobody, *where)
     assert "pass  accelerators.npu" in text and "pass  clusters: 4 cores" in text
     (tmp_path / "dev/galcore").chmod(0o660)
-    text = profile("check", "--user", nobody, *where, code=1)
+    text = profile("check", "--user", nobody, *where, code=2)
     assert "fail  accelerators.npu.nodes" in text
     assert "usermod -aG video nobody" in text
-    findings = profile.json("check", "--user", nobody, *where, code=1)
+    findings = profile.json("check", "--user", nobody, *where, code=2)
     assert findings["state"] == "fail" and findings["user"] == nobody
 
 
 def test_check_against_another_boards_profile_fails(profile: Run, tmp_path: Path) -> None:
-    text = profile("check", "rk3588", *recorded(PI_5, tmp_path), code=1)
+    text = profile("check", "rk3588", *recorded(PI_5, tmp_path), code=2)
     assert "fail  workers.cpuset: core 4 is not there" in text
     assert "warn  match: this machine (Raspberry Pi 5 Model B Rev 1.0)" in text
 
@@ -118,8 +118,14 @@ def test_check_against_another_boards_profile_fails(profile: Run, tmp_path: Path
 def test_check_compares_locks_with_what_is_installed(profile: Run, tmp_path: Path) -> None:
     path = tmp_path / "locked.yaml"
     path.write_text('name: locked\ntitle: t\nbackends: [{backend: onnxruntime, versions: "<1"}]\n')
-    text = profile("check", path, code=1)
+    text = profile("check", path, code=2)
     assert "fail  backends[0].versions: onnxruntime 1." in text and "is not within <1" in text
+
+
+def test_a_warning_has_its_own_exit_code(profile: Run, tmp_path: Path) -> None:
+    files = {name: text for name, text in IMX8MP_EVK.files.items() if "galcore" not in name}
+    text = profile("check", *recorded(IMX8MP_EVK._replace(files=files), tmp_path), code=1)
+    assert "warn  accelerators.npu" in text and "modprobe galcore" in text
 
 
 def test_an_unknown_user_is_told(profile: Run) -> None:
