@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
+import yaml
 
 from device_profiles.ladder import Ladder, Step, Zone, cores
+from edge_runtime.config import parse
+from edge_runtime.errors import UsageError
 
 GOOD = {
     "zones": [{"type": "cpu-thermal"}],
@@ -63,6 +68,20 @@ def test_a_step_that_makes_no_sense_is_refused(step, word):
 def test_a_ladder_whose_steps_do_not_fit_is_refused(change, word):
     with pytest.raises(msgspec.ValidationError, match=word):
         msgspec.convert(GOOD | change, Ladder)
+
+
+def test_the_example_of_the_manual_is_a_configuration():
+    text = (Path(__file__).parents[2] / "docs" / "governor.md").read_text()
+    example = text.partition("```yaml\n")[2].partition("```")[0]
+    config = parse(yaml.safe_load(example), "docs/governor.md")
+    assert config.governor.ladder is not None
+    assert [step.cpus for step in config.governor.ladder.steps] == ["", "0-1", ""]
+
+
+def test_a_wrong_ladder_is_refused_with_its_key():
+    document = {"governor": {"ladder": GOOD | {"steps": [{"enter_c": 70, "runshare": 0.5}]}}}
+    with pytest.raises(UsageError, match=r"governor\.ladder\.steps\[0\].*did you mean 'run_share'"):
+        parse(document, "config.yaml")
 
 
 def test_cores_are_what_a_cpuset_names():
