@@ -49,8 +49,8 @@ def recipe(wish: Wish) -> Recipe:
     """
     source = models.read(wish.model)
     backends = [one for one in target_backends(wish.target) if is_here(one)]
-    variants = proposing.variants(source, operators(source), backends)
-    if not variants:
+    proposal = proposing.propose(source, operators(source), backends, _can_import)
+    if not proposal.variants:
         raise UsageError(
             f"nothing to try for {wish.target}: none of its backends is installed and reads"
             f" {source.format}",
@@ -66,8 +66,11 @@ def recipe(wish: Wish) -> Recipe:
         targets=(wish.target,),
         evaluation=Evaluation(samples=wish.samples),
         budgets=Budgets(drop_max=wish.drop_max),
-        variants=tuple(variants),
+        variants=proposal.variants,
         pack=Pack(labels=_labels(wish.labels)),
+        notes=tuple(
+            f"not tried: what {module} could do; it is not installed" for module in proposal.missing
+        ),
     )
 
 
@@ -89,7 +92,11 @@ def target_backends(target: str) -> list[str]:
 
 def is_here(backend: str) -> bool:
     """Whether the backend's library is installed on this machine."""
-    return any(importlib.util.find_spec(one) is not None for one in MODULES.get(backend, ()))
+    return any(map(_can_import, MODULES.get(backend, ())))
+
+
+def _can_import(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def operators(source: ModelFile) -> set[str]:

@@ -6,21 +6,29 @@ worth trying for a kind of graph is left out with its reason; what wins is decid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from quantize.models import ModelFile
-from quantize.passes import ONNX
+from quantize.passes import ONNX, TFLITE
 from quantize.recipe import Variant
 
 CLEAN: dict[str, Any] = {"use": "clean"}
 
 
 class Idea(NamedTuple):
-    """A variant to try, for models that have one of these operators (empty: any)."""
+    """A variant to try.
+
+    `operators`: only for models that have one of these (empty: any). `needs`: a module that must be
+    installed beside what the extra `quantize` brings.
+    """
 
     variant: Variant
     operators: frozenset[str] = frozenset()
+    needs: str = ""
+
+
+_EDGE = "ai_edge_quantizer"
 
 
 def _static(**more: Any) -> tuple[dict[str, Any], ...]:
@@ -43,16 +51,47 @@ _ONNX: dict[str, tuple[Idea, ...]] = {
     "openvino": (
         Idea(Variant("fp32-openvino", "openvino")),
         Idea(Variant("int8-openvino", "openvino", passes=_static())),
+        Idea(Variant("int8-nncf", "openvino", passes=({"use": "nncf_int8"},)), needs="nncf"),
     ),
 }
+# OpenVINO reads .tflite too, but under the tensors' own names, not the signature's: not a variant of
+# the same model.
+_TFLITE: dict[str, tuple[Idea, ...]] = {
+    "litert": (
+        Idea(Variant("fp32-litert", "litert")),
+        Idea(Variant("int8-litert", "litert", passes=({"use": "tflite_int8"},)), needs=_EDGE),
+        Idea(Variant("dynamic-litert", "litert", passes=({"use": "tflite_weights"},)), needs=_EDGE),
+    ),
+}
+_BY_FORMAT = {ONNX: _ONNX, TFLITE: _TFLITE}
 
 
-def variants(source: ModelFile, operators: set[str], backends: Sequence[str]) -> list[Variant]:
+class Proposal(NamedTuple):
+    """What to try, and what would be tried if it were installed."""
+
+    variants: tuple[Variant, ...]
+    missing: tuple[str, ...]
+
+
+def propose(
+    source: ModelFile,
+    operators: set[str],
+    backends: Sequence[str],
+    is_here: Callable[[str], bool],
+) -> Proposal:
     """The variants to try, the float model first.
 
     Args:
-        operators: kinds of nodes in the model. backends: of the target, in its order.
+        operators: kinds of nodes in the model. backends: of the target, in its order. is_here:
+            whether a module can be imported.
     """
-    table = _ONNX if source.format == ONNX else {}
-    ideas = [idea for backend in backends for idea in table.get(backend, ())]
-    return [idea.variant for idea in ideas if not idea.operators or idea.operators & operators]
+    table = _BY_FORMAT.get(source.format, {})
+    ideas = [
+        idea
+        for backend in backends
+        for idea in table.get(backend, ())
+        if not idea.operators or idea.operators & operators
+    ]
+    fit = [idea.variant for idea in ideas if not idea.needs or is_here(idea.needs)]
+    missing = {idea.needs for idea in ideas if idea.needs and not is_here(idea.needs)}
+    return Proposal(tuple(fit), tuple(sorted(missing)))

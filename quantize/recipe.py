@@ -146,6 +146,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     targets: tuple[str, ...] = ()
     variants: tuple[Variant, ...] = ()
     pack: Pack = Pack()
+    notes: tuple[str, ...] = ()  # of who wrote it, for the report
 
 
 def load(path: Path) -> Recipe:

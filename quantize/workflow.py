@@ -116,7 +116,7 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
         recipe=msgspec.to_builtins(ready.recipe),
         source_sha256=scratch.file_sha256(ready.source.path),
         seconds=time.monotonic() - began_s,
-        notes=ready.split.notes,
+        notes=(*ready.recipe.notes, *ready.split.notes),
     )
     created = None
     if out is not None:

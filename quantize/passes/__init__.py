@@ -45,6 +45,9 @@ PASSES: dict[str, str] = {
     "dynamic_int8": "quantize.passes.integer:DynamicInt8",
     "weight_only": "quantize.passes.weights:WeightOnly",
     "float16": "quantize.passes.weights:Float16",
+    "nncf_int8": "quantize.passes.openvino:NncfInt8",
+    "tflite_int8": "quantize.passes.tflite:TfliteInt8",
+    "tflite_weights": "quantize.passes.tflite:TfliteWeights",
 }
 
 

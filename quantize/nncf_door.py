@@ -1,0 +1,108 @@
+"""The door to NNCF: int8 as OpenVINO's makers do it.
+
+Law of this file: the only one that imports nncf. It reads and writes ONNX, because an artifact of a
+bundle is one file and OpenVINO's own format is two; measured on our CNN both run equally fast.
+NNCF reports its use to its maker through openvino_telemetry: that module is kept from loading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_runtime.errors import ModelError, UsageError
+from quantize import onnx_door
+from quantize.passes import Bench, Feeds
+
+if TYPE_CHECKING:
+    from quantize.passes.openvino import NncfInt8
+
+Array = np.ndarray[Any, Any]
+
+
+def version() -> str:
+    return str(_library().__version__)
+
+
+def quantize(source: Path, out: Path, how: NncfInt8, bench: Bench) -> None:
+    """Write the model with quantize/dequantize pairs where NNCF wants them.
+
+    Raises:
+        UsageError: the library is not installed, or a node to be ignored does not exist.
+        ModelError: it refuses the model.
+    """
+    library = _library()
+    model = onnx_door.load(source)
+    rows = list(_rows(bench.calibration, bench))
+    options: dict[str, Any] = {
+        "preset": library.QuantizationPreset(how.preset),
+        "subset_size": len(rows),
+        "fast_bias_correction": how.fast_bias_correction,
+    }
+    if how.model_type == "transformer":
+        options["model_type"] = library.ModelType.TRANSFORMER
+    if how.exclude:
+        options["ignored_scope"] = library.IgnoredScope(names=list(how.exclude))
+    with _ours(source):
+        made = library.quantize(model, library.Dataset(rows), **options)
+        onnx_door.save(made, out)
+
+
+def _rows(feeds: Feeds, bench: Bench) -> Iterator[Feeds]:
+    """Single samples with a batch axis of 1."""
+    for index in range(len(next(iter(feeds.values())))):
+        yield {name: array[index : index + 1] for name, array in feeds.items()}
+
+
+def _library() -> Any:
+    silent = ModuleType("openvino_telemetry")
+    silent.Telemetry = _Silent  # type: ignore[attr-defined]
+    sys.modules.setdefault("openvino_telemetry", silent)
+    try:
+        with _quiet():
+            import nncf
+
+            nncf.set_log_level(logging.ERROR)
+    except (ImportError, OSError) as e:
+        raise UsageError(
+            f"nncf does not import: {e}", remedy="pip install 'edge-runtime[quantize-openvino]'"
+        ) from e
+    return nncf
+
+
+class _Silent:
+    """Stands for the reporter: takes every call and sends nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+@contextlib.contextmanager
+def _ours(source: Path) -> Iterator[None]:
+    try:
+        with _quiet():
+            yield
+    except (ModelError, UsageError):
+        raise
+    except Exception as e:
+        text = " ".join(str(e).split())[:400]
+        raise ModelError(
+            f"NNCF failed to quantize: {type(e).__name__}: {text}", where=str(source)
+        ) from e
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
