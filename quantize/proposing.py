@@ -54,8 +54,8 @@ _ONNX: dict[str, tuple[Idea, ...]] = {
         Idea(Variant("int8-nncf", "openvino", passes=({"use": "nncf_int8"},)), needs="nncf"),
     ),
 }
-# OpenVINO reads .tflite too, but under the tensors' own names, not the signature's: not a variant of
-# the same model.
+# OpenVINO reads .tflite too, but under the tensors' own names, not the signature's: that is no
+# variant of the same model.
 _TFLITE: dict[str, tuple[Idea, ...]] = {
     "litert": (
         Idea(Variant("fp32-litert", "litert")),
