@@ -7,6 +7,7 @@ blocking and the asyncio client.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,6 +53,23 @@ def client(request, endpoint):
     made = Client(endpoint) if request.param == "blocking" else Blocking(endpoint)
     yield made
     made.close()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in vars(Client) if not name.startswith("_") and hasattr(AsyncClient, name)],
+)
+def test_both_clients_take_the_same_arguments(name):
+    def arguments(kind: type) -> list[tuple[str, Any, Any]]:
+        found = inspect.signature(getattr(kind, name)).parameters.values()
+        return [(one.name, one.kind, one.default) for one in found]
+
+    assert arguments(Client) == arguments(AsyncClient)
+
+
+def test_the_clients_differ_only_in_what_retries_need():
+    surface = {name for name in vars(Client) if not name.startswith("_")}
+    assert surface - set(vars(AsyncClient)) == {"connect", "pause", "deadline_ns"}
 
 
 def rows(count: int, seed: int = 0) -> np.ndarray:

@@ -211,11 +211,11 @@ def test_an_npu_is_found_with_its_profile_and_what_would_be_tried_on_it(tmp_path
     (root / "proc/sys/kernel/arch").write_text("x86_64\n")
     board = hardware.look(World(root, Path("/state"), Path("/run")))
     lines = report(hardware.checks(board))
-    assert "intel-core-ultra" in lines["profile/detected"].summary
+    assert "intel-core-ultra" in lines["profile/in force"].summary
     assert lines["accelerators/npu"].verdict == "pass"
     attempts = hardware.attempts(board)
     assert ("openvino", "npu") in [(one.probe, one.device_class) for one in attempts]
-    processor = hardware.processor(board.machine)
+    processor = hardware.processor(board.detected.machine)
     assert processor.model == "Intel(R) Core(TM) Ultra 7 155H" and "avx2" in processor.flags
 
 
@@ -227,6 +227,19 @@ def test_an_accelerator_that_the_profile_does_not_know_is_named(tmp_path: Path) 
     found = examined(root)["accelerators//dev/accel/accel0"]
     assert found.verdict == "skip"
     assert "intel-core-ultra" in found.remedy
+
+
+def test_the_profile_that_the_daemon_uses_is_the_one_that_is_examined(tmp_path: Path) -> None:
+    from edge_runtime.cli.health import hardware
+
+    root = lay_out(CORE_ULTRA, tmp_path)
+    world = World(root, Path("/state"), Path("/run"), profile="raspberry-pi-5")
+    lines = report(hardware.checks(hardware.look(world)))
+    assert "as the configuration says" in lines["profile/in force"].summary
+    assert lines["profile/match"].verdict == "warn"
+    gone = hardware.look(world._replace(profile="no-such-board"))
+    found = report(hardware.checks(gone))["profile/files"]
+    assert found.verdict == "warn" and "no-such-board" in found.summary
 
 
 @pytest.mark.root
@@ -263,7 +276,7 @@ def daemon() -> Iterator[Daemon]:
 def of(daemon: Daemon) -> dict[str, Any]:
     world = World(Path("/"), daemon.state_dir, daemon.run_dir)
     control = examination.reach.control_socket(world)
-    world = world._replace(daemon_pid=examination._pid(control))
+    world = examination._beside(world, control)
     rows = [
         (row, row.look(world)) for row in examination.LOOKS if row.group in ("daemon", "limits")
     ]

@@ -24,7 +24,7 @@ REFUSED = Owner("root", "edge-runtime", "0660")
 
 
 def with_models(*models: tuple[str, str, str]) -> tuple[Socket, Daemon]:
-    return SOCKET, Daemon(7, "0.1.0", models)
+    return SOCKET, Daemon(7, "auto", models)
 
 
 @pytest.mark.parametrize(

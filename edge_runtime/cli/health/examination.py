@@ -100,7 +100,7 @@ def examine(world: World, probe_timeout_s: float = probing.TIMEOUT_S) -> list[Ch
     tried = [Attempt(name, name, {}, "cpu") for name in names()] if world.live else []
     probes = [(one, Task(_probe(one, probe_timeout_s, rooms))) for one in tried]
     control = Task(lambda: reach.control_socket(world)).wait(LOOK_TIMEOUT_S)
-    world = world._replace(daemon_pid=_pid(control))
+    world = _beside(world, control)
     looks = [(row, Task(_looking(row, world))) for row in LOOKS]
     board = Task(lambda: hardware.look(world)).wait(LOOK_TIMEOUT_S)
     if world.live and isinstance(board, Hardware):
@@ -154,15 +154,16 @@ def _probe(
     return run
 
 
-def _pid(control: Any) -> int:
-    daemon = control[1] if isinstance(control, tuple) and len(control) == 2 else None
-    return daemon.pid if daemon else 0
+def _beside(world: World, control: Any) -> World:
+    """The world with what its daemon said of itself."""
+    daemon = None if isinstance(control, Unknown) else control[1]
+    return world._replace(daemon_pid=daemon.pid, profile=daemon.profile) if daemon else world
 
 
 def _board(board: Any) -> list[Check]:
     if isinstance(board, Hardware):
         return hardware.checks(board)
-    return [Check("profile", "detected", "unknown", f"not known: {board.why}")]
+    return [Check("profile", "in force", "unknown", f"not known: {board.why}")]
 
 
 def _backends(outcomes: list[tuple[Attempt, Any]], board: Any, world: World) -> list[Check]:
@@ -189,4 +190,4 @@ def _diagnosed(one: Attempt, outcome: diagnosis.Outcome, board: Any) -> Diagnosi
     backend = diagnosis.probe_of(one.probe).backend
     lock = hardware.locks(board, backend, version)
     wanted = diagnosis.Wanted(one.device_class, one.options, lock)
-    return diagnosis.diagnose(outcome, hardware.processor(board.machine), wanted)
+    return diagnosis.diagnose(outcome, hardware.processor(board.detected.machine), wanted)

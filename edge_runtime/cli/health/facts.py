@@ -33,8 +33,8 @@ class World(NamedTuple):
     root: Path
     state_dir: Path
     run_dir: Path
-    config: Path | None = None
     daemon_pid: int = 0  # 0: none is known
+    profile: str = ""  # the daemon's, as its configuration names it
 
     @property
     def live(self) -> bool:

@@ -11,8 +11,9 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from device_profiles import checking, loading, matching, probe
+from device_profiles import checking, detection, loading, matching
 from device_profiles.checking import Seen, User
+from device_profiles.detection import Detected
 from device_profiles.loading import Resolved
 from device_profiles.schema import Machine, ProfileError
 from device_profiles.versions import satisfies
@@ -20,6 +21,7 @@ from edge_runtime.backends.diagnosis import Processor
 from edge_runtime.cli.health import Check
 from edge_runtime.cli.health.facts import World
 
+NO_PROFILE = "none"  # of the configuration: then the one that would fit is examined
 DROP_IN = "docs/install.md has the drop-in (PrivateDevices=no, DeviceAllow=...)"
 
 
@@ -33,41 +35,28 @@ class Attempt(NamedTuple):
 
 
 class Hardware(NamedTuple):
-    """The machine, its profile with add-ons, and what was seen of each accelerator."""
+    """What was detected, and what of it is in the daemon's reach."""
 
-    machine: Machine
-    chosen: matching.Verdict
-    profile: Resolved | None
-    seen: dict[str, Seen]
+    detected: Detected
     strangers: tuple[tuple[str, str, str], ...]  # title, node, profile that knows it
-    broken: tuple[ProfileError, ...]  # profiles that cannot be read
     user: User | None  # whose permissions count
     hidden: tuple[str, ...]  # nodes that the daemon does not see
 
 
 def look(world: World) -> Hardware:
-    """Detect the board and look at its accelerators."""
-    machine = probe.describe(world.root)
-    own = world.at(loading.OWN)
-    profiles, broken = loading.load_all((own, loading.BUILT_IN))
-    chosen = matching.choose(machine, profiles)
-    resolved = None
-    if chosen.board is not None:
-        resolved = loading.compose(chosen.board.resolved, (one.resolved for one in chosen.addons))
-    accelerators = resolved.profile.accelerators if resolved else {}
-    seen = {
-        name: checking.look(accelerator, machine, world.root)
-        for name, accelerator in accelerators.items()
-    }
+    """Detect the board (or take the daemon's profile) and look at its accelerators."""
+    directories = (world.at(loading.OWN), loading.BUILT_IN)
+    wanted = detection.AUTO if world.profile in ("", NO_PROFILE) else world.profile
+    try:
+        detected = detection.detect(wanted, world.root, directories)
+    except ProfileError as error:  # the daemon's is gone, or was changed since it started
+        detected = detection.detect(detection.AUTO, world.root, directories)
+        detected = detected._replace(problems=(error, *detected.problems))
     return Hardware(
-        machine,
-        chosen,
-        resolved,
-        seen,
-        tuple(_strangers(profiles, machine, world, seen)),
-        tuple(broken),
+        detected,
+        tuple(_strangers(loading.load_all(directories)[0], detected, world)),
         _user(world),
-        tuple(_hidden(world, seen)),
+        tuple(_hidden(world, detected.seen)),
     )
 
 
@@ -82,9 +71,7 @@ def attempts(hardware: Hardware) -> list[Attempt]:
     options asks for no device: what runs on an Edge TPU is said by the model, which a tiny one is
     not made for.
     """
-    if hardware.profile is None:
-        return []
-    there = checking.available(hardware.profile.profile, hardware.seen)
+    profile = hardware.detected.profile
     return [
         Attempt(
             f"{choice.backend} on {choice.accelerator}",
@@ -92,16 +79,17 @@ def attempts(hardware: Hardware) -> list[Attempt]:
             choice.options,
             choice.device_class,
         )
-        for choice in hardware.profile.profile.backends
-        if choice.accelerator in there and choice.options
+        for choice in (profile.backends if profile else ())
+        if choice.accelerator in hardware.detected.available and choice.options
     ]
 
 
 def locks(hardware: Hardware, backend: str, version: str) -> str:
     """The profile's version lock that a backend does not keep; "": it keeps it, or has none."""
-    if hardware.profile is None or not version:
+    profile = hardware.detected.profile
+    if profile is None or not version:
         return ""
-    mine = [one.versions for one in hardware.profile.profile.backends if one.backend == backend]
+    mine = [one.versions for one in profile.backends if one.backend == backend]
     broken = [lock for lock in mine if not satisfies(version, lock)]
     # One choice that allows it is enough: the others are for other accelerators.
     return broken[0] if broken and len(broken) == len(mine) else ""
@@ -109,16 +97,17 @@ def locks(hardware: Hardware, backend: str, version: str) -> str:
 
 def checks(hardware: Hardware) -> list[Check]:
     """The lines of the groups `profile` and `accelerators`."""
-    lines = [_profile(hardware)]
+    detected = hardware.detected
+    lines = [_profile(detected)]
     lines += [
-        Check("profile", "files", "warn", str(error.message), f"correct {error.where}")
-        for error in hardware.broken
+        Check("profile", "files", "warn", str(error), error.remedy or f"correct {error.where}")
+        for error in detected.problems
     ]
-    if hardware.profile is not None:
+    if detected.resolved is not None:
         for found in checking.compare(
-            hardware.profile, hardware.machine, hardware.seen, hardware.user
+            detected.resolved, detected.machine, detected.seen, hardware.user
         ):
-            if found.what != "match":  # said in the profile's own line
+            if found.what != "match" or found.state != "pass":  # else it is in the line above
                 lines.append(_line(found))
     lines += [
         Check(
@@ -140,29 +129,27 @@ def checks(hardware: Hardware) -> list[Check]:
         )
         for title, node, profile in hardware.strangers
     ]
-    if not hardware.seen and not hardware.strangers:
+    if not detected.seen and not hardware.strangers:
         lines.append(Check("accelerators", "any", "skip", "none is there: models run on the CPU"))
     return lines
 
 
-def _profile(hardware: Hardware) -> Check:
-    board = hardware.chosen.board
-    if board is None:
+def _profile(detected: Detected) -> Check:
+    if detected.resolved is None:
         return Check(
             "profile",
-            "detected",
+            "in force",
             "warn",
             matching.FALLBACK,
             "the daemon's defaults are used; `edge-runtime profile learn` measures better ones",
         )
-    name = " with ".join(
-        [
-            board.resolved.profile.name,
-            *(one.resolved.profile.name for one in hardware.chosen.addons),
-        ]
-    )
+    board, addons = detected.verdict.board, detected.verdict.addons
+    chosen = detected.resolved.profile.name
+    name = " with ".join([chosen, *(one.resolved.profile.name for one in addons)])
+    if board is None or board.resolved.profile.name != chosen:
+        return Check("profile", "in force", "pass", f"{name}, as the configuration says")
     why = "; ".join(reason.text for reason in board.reasons)
-    return Check("profile", "detected", "pass", f"{name}: {why}")
+    return Check("profile", "in force", "pass", f"{name}: {why}")
 
 
 def _line(found: checking.Finding) -> Check:
@@ -173,14 +160,14 @@ def _line(found: checking.Finding) -> Check:
 
 
 def _strangers(
-    profiles: list[Resolved], machine: Machine, world: World, seen: Mapping[str, Seen]
+    profiles: list[Resolved], detected: Detected, world: World
 ) -> list[tuple[str, str, str]]:
     """Accelerators that only other profiles know, one line for each node."""
-    known = {node.path for one in seen.values() for node in one.nodes}
+    known = {node.path for one in detected.seen.values() for node in one.nodes}
     found: dict[str, tuple[str, str, str]] = {}
     for resolved in profiles:
         for accelerator in resolved.profile.accelerators.values():
-            one = checking.look(accelerator, machine, world.root)
+            one = checking.look(accelerator, detected.machine, world.root)
             if one.nodes and one.present and one.nodes[0].path not in known:
                 path = one.nodes[0].path
                 found.setdefault(path, (accelerator.title, path, resolved.profile.name))

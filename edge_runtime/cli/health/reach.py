@@ -51,7 +51,7 @@ class Daemon(NamedTuple):
     """What the daemon says of itself over its control socket."""
 
     pid: int
-    version: str
+    profile: str  # as its configuration says: auto, none, a name or a path
     models: tuple[tuple[str, str, str], ...]  # name, state, reason
 
 
@@ -69,17 +69,18 @@ def control_socket(world: World) -> tuple[Socket, Daemon | None]:
     def ask(path: Path) -> None:
         with ControlClient(path, timeout_s=TIMEOUT_S) as client:
             ps, models = client.call("ps"), client.call("models")
-        said.append(_daemon(ps, models))
+            config = client.call("config")
+        said.append(_daemon(ps, models, config))
 
     socket = _ask(world.at(world.run_dir / "control.sock"), ask)
     return socket, said[0] if said else None
 
 
-def _daemon(ps: dict[str, Any], models: dict[str, Any]) -> Daemon:
+def _daemon(ps: dict[str, Any], models: dict[str, Any], config: dict[str, Any]) -> Daemon:
     daemon = ps.get("daemon") or {}
     return Daemon(
         int(daemon.get("pid") or 0),
-        str(daemon.get("version") or ""),
+        str((config.get("config") or {}).get("profile") or ""),
         tuple(
             (str(one.get("name")), str(one.get("state")), str(one.get("reason") or ""))
             for one in models.get("models") or []
