@@ -39,7 +39,8 @@ from edge_runtime.errors import EdgeError
 def _latency(name: str, title: str) -> Scenario:
     case = latency.CASES[name]
     cores = 1 if case.same_core else 2
-    return Scenario(name, title, (case.model,), functools.partial(latency.measure, case), cores)
+    models = (case.model, case.spinning) if case.spinning else (case.model,)
+    return Scenario(name, title, models, functools.partial(latency.measure, case), cores)
 
 
 def _throughput(name: str, title: str) -> Scenario:

@@ -17,7 +17,7 @@ from bench import proc, servers
 from bench.child import Child
 from bench.daemon import Daemon
 from bench.models import MODELS
-from bench.peers import PEERS, Order
+from bench.peers import PEERS, SPIN_US, Order
 from bench.scenario import Latency, Result, Setting
 from bench.summary import Figure, Target, per_round, quantile, spread
 from edge_runtime.client.sync import SHARED_MEMORY_MIN_BYTES
@@ -48,6 +48,7 @@ class Case(NamedTuple):
     Attributes:
         same_core: client and worker on one core, or on one each.
         rounds, calls: how often; together a few seconds for each peer.
+        spinning: a model of the same shape, both ends of which spin (peer edge_spin); "": none.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Case(NamedTuple):
     ratios: tuple[Ratio, ...]
     rounds: int
     calls: int
+    spinning: str = ""
 
 
 def _added(us: Mapping[str, float]) -> float:
@@ -114,14 +116,21 @@ CASES: Mapping[str, Case] = {
     "tiny-two-cores": Case(
         "tiny",
         False,
-        TINY_PEERS,
+        (*TINY_PEERS, "edge_spin"),
         (
             Ratio("(p50 - in process) / ping-pong", _added_in_ping_pongs, "x", Target(1.2)),
+            Ratio(
+                "both ends spin: (p50 - in process) / ping-pong",
+                lambda us: (us["edge_spin"] - us["in_process"]) / us["ping_pong"],
+                "x",
+                Target(0.5),
+            ),
             Ratio("p50 / ping-pong", _over("edge", "ping_pong")),
             _ADDED,
         ),
         rounds=40,
         calls=150,
+        spinning="tiny2",
     ),
     "image-one-core": Case(
         "camera", True, IMAGE_PEERS, (_BY_SHARED_MEMORY, *_IMAGE_RATIOS), rounds=40, calls=15
@@ -143,13 +152,18 @@ def measure(case: Case, setting: Setting) -> Result:
     near, far = _cores(case)
     model, bundle = setting.bundles[case.model]
     config = f"models:\n  {case.model}:\n    cpuset: '{far}'\n"
+    if case.spinning:
+        config += f"  {case.spinning}:\n    cpuset: '{far}'\n    spin_us: {SPIN_US}\n"
     rounds, calls = (3, 10) if setting.quick else (case.rounds, case.calls)
     with Daemon(setting.directory, config) as daemon, ExitStack() as stack:
         daemon.install(bundle)
+        if case.spinning:
+            daemon.install(setting.bundles[case.spinning][1])
         running = servers.Servers(stack, setting.directory)
         children = {}
         for peer in case.peers:
-            asked = order(peer, case.model, str(model), str(daemon.infer_socket), near, far)
+            name = case.spinning if peer == "edge_spin" else case.model
+            asked = order(peer, name, str(model), str(daemon.infer_socket), near, far)
             complete = running.complete(asked, far)
             if complete is not None:
                 children[peer] = stack.enter_context(Child(complete))

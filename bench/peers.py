@@ -20,6 +20,7 @@ from bench import post
 Call = Callable[[], object]
 # More than any tensor here: nothing goes by shared memory.
 _NEVER = 1 << 40
+SPIN_US = 50  # more than a round trip takes when nobody has to be woken
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -138,9 +139,18 @@ def ordinary(order: Order) -> Call:
     return lambda: client.infer(order.model, inputs)
 
 
+def spinning(order: Order) -> Call:
+    """The client that looks for its answer before it sleeps; the worker is configured alike."""
+    client, inputs = _client(order, spin_us=SPIN_US), {order.input: _image(order.shape)}
+    return lambda: client.infer(order.model, inputs)
+
+
 def inline(order: Order) -> Call:
     """The client with everything inside the frame."""
-    client, inputs = _client(order, _NEVER), {order.input: _image(order.shape)}
+    client, inputs = (
+        _client(order, shared_memory_min_bytes=_NEVER),
+        {order.input: _image(order.shape)},
+    )
     return lambda: client.infer(order.model, inputs)
 
 
@@ -173,6 +183,7 @@ PEERS: Mapping[str, Peer] = {
     "ping_pong": Peer("bare socket ping-pong", ping_pong),
     "hop": Peer("bare socket before IOBinding", hop),
     "edge": Peer("Edge Runtime", ordinary),
+    "edge_spin": Peer(f"Edge Runtime, both ends spin for {SPIN_US} us", spinning),
     "edge_shared": Peer("Edge Runtime, `client.tensor` (no copy)", shared),
     "edge_copy": Peer("Edge Runtime, ordinary array (one copy)", ordinary),
     "edge_inline": Peer("Edge Runtime, inside the frame", inline),
@@ -195,9 +206,7 @@ def _session(order: Order) -> Any:
     )
 
 
-def _client(order: Order, shared_memory_min_bytes: int | None = None) -> Any:
+def _client(order: Order, **options: Any) -> Any:
     from edge_runtime.client import Client
 
-    if shared_memory_min_bytes is None:
-        return Client(order.socket)
-    return Client(order.socket, shared_memory_min_bytes=shared_memory_min_bytes)
+    return Client(order.socket, **options)

@@ -227,6 +227,16 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch_window_ms: Annotated[
         float, _number(0, 1000, "ms", "wait for a fuller batch; 0: only what waits anyway")
     ] = 0.0
+    spin_us: Annotated[
+        float,
+        _number(
+            0,
+            100_000,
+            "us",
+            "look again for so long before sleeping: saves the waking of a core at each request, "
+            "costs a busy core for so long after each; 0: sleep at once",
+        ),
+    ] = 0.0
     cache_bytes_max: Annotated[
         int, _number(0, 16 * GIB, "bytes", "answers kept for equal inputs; 0: none (has state?)")
     ] = 0

@@ -66,6 +66,9 @@ class Client:
         path: of the socket.
         timeout_s: deadline of each call that names none; retries and back-off included.
         shared_memory_min_bytes: tensors from this size on go by shared memory.
+        spin_us: look for an answer for so long before sleeping; 0: sleep at once. Saves the waking
+            of a sleeping core at each call, costs a busy one meanwhile: for models of microseconds,
+            where client and worker have a core each (docs/serving.md, "Spinning").
         retry: what to do about closed connections, models that are not ready, and overload.
         clock, rng, sleep: time and randomness, for tests.
     """
@@ -76,6 +79,7 @@ class Client:
         *,
         timeout_s: float = 5.0,
         shared_memory_min_bytes: int = SHARED_MEMORY_MIN_BYTES,
+        spin_us: float = 0.0,
         retry: RetryPolicy | None = None,
         clock: Clock | None = None,
         rng: random.Random | None = None,
@@ -84,6 +88,7 @@ class Client:
         self.path = os.fspath(path)
         self.timeout_s = timeout_s
         self._shared_min_bytes = shared_memory_min_bytes
+        self._spin_us = spin_us
         self._retry = retry or RetryPolicy()
         self._now_ns = (clock or SystemClock()).monotonic_ns
         self._rng = rng or random.Random()
@@ -317,6 +322,7 @@ class Client:
             now_ns=self._now_ns,
             own=self._own,
             shared_min_bytes=self._shared_min_bytes,
+            spin_us=self._spin_us,
         )
 
     def pause(self, error: EdgeError, failures: int, deadline_ns: int) -> None:

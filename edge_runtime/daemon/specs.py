@@ -81,6 +81,7 @@ def worker_spec(
         warmup_runs=config.warmup_runs,
         batch_rows_max=-1 if config.batch_rows_max == "auto" else config.batch_rows_max,
         batch_window_ms=config.batch_window_ms,
+        spin_us=config.spin_us,
         cache_bytes_max=config.cache_bytes_max,
         cpus=cpus(config.cpuset),
         nice=config.nice,

@@ -70,6 +70,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     warmup_runs: int = 3
     batch_rows_max: int = -1  # -1: decided by a measurement at warm-up; 1: no batches
     batch_window_ms: float = 0.0
+    spin_us: float = 0.0
     cache_bytes_max: int = 0
     compiled_dir: str = ""  # of blobs compiled from this artifact; "": none are kept
     cpus: tuple[int, ...] = ()

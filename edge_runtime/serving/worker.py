@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import select
 import socket
+from collections.abc import Callable
 
 from edge_runtime.clock import monotonic_ns as _monotonic_ns
 from edge_runtime.errors import (
@@ -43,6 +44,7 @@ from edge_runtime.serving.spec import WorkerSpec
 from edge_runtime.wire import frames
 
 SWEEP_S = 1.0
+Poll = Callable[[float], list[tuple[int, int]]]
 # A worker that was found to be wrong waits so long for clients to take the answers they have due.
 PART_S_MAX = 0.5
 # Errors of the library, not of a request.
@@ -74,6 +76,7 @@ class Worker:
         # Of batches in this thread: fewer than may be, where so many hold the loop up for too long.
         self._rows_inline = batch_rows_tried or batch_rows_max
         self._window_ns = round(spec.batch_window_ms * 1e6) if batch_rows_max > 1 else 0
+        self._spin_ns = round(spec.spin_us * 1e3)
         self._hold_until_ns = 0  # a batch is being waited for until then; 0: none
         self._turn_ns_mean = 0.0  # a run of one or a batch: what is left of a deadline must hold it
         self._batches = Batches()
@@ -116,7 +119,7 @@ class Worker:
         """Run until Stop, until the supervisor is gone, or until the model is found to be wrong;
         whether that was why.
         """
-        poll = self._epoll.poll
+        poll = _spinning(self._epoll.poll, self._spin_ns) if self._spin_ns else self._epoll.poll
         intake, company, load = self._intake, self._company, self._admission
         status = self._status
         heart = self._heart
@@ -487,6 +490,20 @@ class Worker:
         """The library failed: what it answers from now on is to be looked at."""
         if self._heart is not None:
             self._heart.note_failure(_monotonic_ns())
+
+
+def _spinning(poll: Poll, spin_ns: int) -> Poll:
+    """`poll` that looks again and again for so long before it sleeps."""
+
+    def look(wait_s: float) -> list[tuple[int, int]]:
+        if wait_s > 0:
+            until_ns = _monotonic_ns() + spin_ns
+            while _monotonic_ns() < until_ns:
+                if ready := poll(0):
+                    return ready
+        return poll(wait_s)
+
+    return look
 
 
 def _doze(fd: int, seconds: float) -> None:
