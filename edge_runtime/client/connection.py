@@ -166,7 +166,7 @@ class Connection:
                 self._send([memoryview(data)[sent:]], deadline_ns)
                 return self.finish(Flight(request_id, key, _NOTHING), deadline_ns, copy)
             if self._spin_ns:
-                self._spin()
+                self._spin(deadline_ns)
             size = self._socket.recv_into(self._inbox)
         except OSError as e:
             raise self._lost(e) from e
@@ -191,10 +191,10 @@ class Connection:
         self._reader.feed(self._inbox_view[: self._alive(size)])
         return self.finish(Flight(request_id, key, _NOTHING), deadline_ns, copy)
 
-    def _spin(self) -> None:
+    def _spin(self, deadline_ns: int) -> None:
         """Look for the answer for a while without sleeping."""
         now_ns, look = self._now_ns, self._looks.poll
-        until_ns = now_ns() + self._spin_ns
+        until_ns = min(now_ns() + self._spin_ns, deadline_ns)
         while not look(0) and now_ns() < until_ns:
             pass
 

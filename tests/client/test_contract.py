@@ -48,9 +48,10 @@ class Blocking:
         self._loop.close()
 
 
-@pytest.fixture(params=["blocking", "asyncio"])
+@pytest.fixture(params=["blocking", "spinning", "asyncio"])
 def client(request, endpoint):
-    made = Client(endpoint) if request.param == "blocking" else Blocking(endpoint)
+    spin_us = 200 if request.param == "spinning" else 0
+    made = Blocking(endpoint) if request.param == "asyncio" else Client(endpoint, spin_us=spin_us)
     yield made
     made.close()
 

@@ -286,6 +286,7 @@ class Rig:
         batch_rows_max: int = 1,
         batch_window_ms: float = 0.0,
         cache_bytes_max: int = 0,
+        spin_us: float = 0.0,
         **limits: int,
     ) -> None:
         self.model = model or NumpyModel()
@@ -304,6 +305,7 @@ class Rig:
             metadata=metadata,
             batch_window_ms=batch_window_ms,
             cache_bytes_max=cache_bytes_max,
+            spin_us=spin_us,
             limits=Limits(**limits),
         )
         self.control, self._theirs = channel.pair()

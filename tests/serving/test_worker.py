@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.errors import BackendError
-from edge_runtime.serving import channel, connection, intake, page, peers, slots
+from edge_runtime.serving import channel, connection, intake, page, peers, slots, worker
 from edge_runtime.tensors import TensorSpec
 from edge_runtime.wire import frames, messages
 from edge_runtime.wire.frames import Kind
@@ -266,6 +266,32 @@ def test_an_expired_request_is_refused_without_a_run(
     assert codes == {1: "deadline_exceeded", 2: "deadline_exceeded", 3: ""}
     assert rig.model.ran == [3.0]
     assert rig.status[page.EXPIRED] == 2 and rig.status[page.ERRORS] == 0
+
+
+# --- spinning ---------------------------------------------------------------------------------------
+
+
+def test_a_spinning_worker_looks_for_a_while_and_then_sleeps(clock: Clock) -> None:
+    waits: list[float] = []
+
+    def poll(wait_s: float) -> list[tuple[int, int]]:
+        waits.append(wait_s)
+        clock.advance_s(10e-6)
+        return [(7, 1)] if wait_s or len(waits) == ready_at else []
+
+    spinning = worker._spinning(poll, 50_000)
+    ready_at = 0
+    assert spinning(1.0) == [(7, 1)] and waits == [0, 0, 0, 0, 0, 1.0]
+    waits.clear()
+    ready_at = 3
+    assert spinning(1.0) == [(7, 1)] and waits == [0, 0, 0], "an event ends it"
+    waits.clear()
+    assert spinning(0) == [] and waits == [0], "who would not sleep does not spin"
+
+
+def test_a_spinning_worker_answers_as_any(build: Build) -> None:
+    rig = build(spin_us=50)
+    assert [rig.client().ask(infer(float(n), n)).array()[0, 0] for n in range(3)] == [1, 3, 5]
 
 
 # --- bounds ---------------------------------------------------------------------------------------
