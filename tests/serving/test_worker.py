@@ -268,7 +268,7 @@ def test_an_expired_request_is_refused_without_a_run(
     assert rig.status[page.EXPIRED] == 2 and rig.status[page.ERRORS] == 0
 
 
-# --- spinning ---------------------------------------------------------------------------------------
+# --- spinning -------------------------------------------------------------------------------------
 
 
 def test_a_spinning_worker_looks_for_a_while_and_then_sleeps(clock: Clock) -> None:
