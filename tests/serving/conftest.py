@@ -15,6 +15,7 @@ from .rig import Rig, open_descriptors
 def build() -> Iterator[Callable[..., Rig]]:
     """Makes workers; at the end every slot is free again and every descriptor is closed."""
     rigs: list[Rig] = []
+    gc.collect()  # what earlier tests left is not this one's
     before = len(open_descriptors())
 
     def make(*arguments: Any, **options: Any) -> Rig:
