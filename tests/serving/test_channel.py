@@ -22,6 +22,7 @@ EVERY = [
     channel.Forked(1, 2, "why not"),
     channel.TemplateReady("1.0", 3.5, False),
     channel.Phase("load"),
+    channel.Compiled("abc", 7),
     channel.Ready(1, 2, 3, 4, 5, [{"device": "CPU"}], golden_deviation=0.5, sandbox=["seccomp"]),
     channel.Failed("load", {"code": "internal"}),
     channel.Adopt(True, b"abc", 0, ((1, 2),), 3, 4, (5, 6, 7)),
