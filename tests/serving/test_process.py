@@ -106,7 +106,7 @@ def test_warm_up_runs_with_zeros_and_finds_the_outputs_of_a_free_shape(artifact:
         TensorSpec("t", "BYTES", (-1,)),
         TensorSpec("h", "BF16", (2, -1)),
     )
-    zeros = process.zeros(inputs)
+    zeros = process.goldens.zeros(inputs)
     assert {name: (a.shape, str(a.dtype)) for name, a in zeros.items()} == {
         "x": ((1, 4), "float32"),
         "t": ((1,), "object"),
