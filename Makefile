@@ -8,7 +8,7 @@ TFLITE := .venv-tflite
 PAIRS := .venv-pairs
 STAMP_RUN := $(VENV)/.stamp-run
 
-.PHONY: demo test test-tflite test-pairs test-accelerators check bench clean install
+.PHONY: demo test test-tflite test-pairs test-accelerators check bench soak clean install
 
 # One environment; filled again when the requirements change. The demo needs one backend only, the
 # tests all of them (three times the download).
@@ -86,6 +86,10 @@ bench: $(STAMP)
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]' || \
 	  echo "no plot or no FastAPI: the extra 'bench' could not be installed"
 	@$(BIN)/python -m bench
+
+# 1,000 swaps and 200 rollbacks under load in one run: ten minutes at most, report in out/soak/.
+soak: $(STAMP)
+	@$(BIN)/python -m bench --only soak --out out/soak
 
 clean:
 	rm -rf $(VENV) $(ACCELERATORS) $(TFLITE) $(PAIRS) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -73,6 +73,13 @@ SCENARIOS: tuple[Scenario, ...] = (
         swap.measure,
     ),
     Scenario(
+        "soak",
+        f"{swap.SOAK.swaps} swaps and {swap.SOAK.rollbacks} rollbacks under load",
+        ("tiny", "tiny-2", "large", "large-2", "tiny2", "tiny2-2", "large2", "large2-2"),
+        swap.soak,
+        by_name=True,
+    ),
+    Scenario(
         "neighbour",
         "tiny model on one core while another is loaded and swapped on the other",
         ("tiny", "camera", "camera-2"),
@@ -90,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     say = functools.partial(print, file=sys.stderr, flush=True)
     machine = proc.machine() | {"quick": options.quick}
-    chosen = [one for one in SCENARIOS if not options.only or one.name in options.only]
+    chosen = chosen_scenarios(options.only or ())
     with tempfile.TemporaryDirectory(prefix="edge-bench-") as scratch:
         measured = run(chosen, Path(scratch), quick=options.quick, long=options.long, say=say)
     _write(machine, measured, options.out, say)
@@ -99,6 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(report.markdown(machine, measured))
     return 1 if any(one.failed for one in measured) else 0
+
+
+def chosen_scenarios(names: Sequence[str]) -> list[Scenario]:
+    """Those that were named; without any name all but those that have to be."""
+    return [one for one in SCENARIOS if (one.name in names if names else not one.by_name)]
 
 
 def run(

@@ -138,6 +138,8 @@ MODELS: Mapping[str, Spec] = {
     "large": Spec("x", (1, LARGE_ELEMENTS), "y", (1, 16), large),
     "tiny-2": Spec("x", (1, 16), "y", (1, 16), lambda: tiny(2), "tiny", 2),
     "tiny2-2": Spec("x", (1, 16), "y", (1, 16), lambda: tiny(2), "tiny2", 2),
+    "large2": Spec("x", (1, LARGE_ELEMENTS), "y", (1, 16), large),
+    "large2-2": Spec("x", (1, LARGE_ELEMENTS), "y", (1, 16), lambda: large(2), "large2", 2),
     "large-2": Spec("x", (1, LARGE_ELEMENTS), "y", (1, 16), lambda: large(2), "large", 2),
     "camera-2": Spec("x", (1, 3, 224, 224), "y", (1, 10), camera, "camera", 2),
 }

@@ -89,6 +89,7 @@ class Scenario:
         models: names of those it needs; it is left out where one is missing.
         run: measures; bounded in time.
         cores: processors it needs; left out on a smaller machine.
+        by_name: it takes minutes, and is run only when it is named.
     """
 
     name: str
@@ -96,3 +97,4 @@ class Scenario:
     models: tuple[str, ...]
     run: Callable[[Setting], Result]
     cores: int = 1
+    by_name: bool = False

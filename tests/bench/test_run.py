@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from bench import backends, latency, models, proc
-from bench.__main__ import SCENARIOS
+from bench.__main__ import SCENARIOS, chosen_scenarios
 from bench.child import Child
 from bench.peers import PEERS, Order
 from bench.scenario import BenchError
@@ -66,6 +66,30 @@ def test_a_plain_call_of_each_library_that_is_installed_gives_the_same_classes()
             call = backends.LIBRARIES[case.backend](backends.FASHION_MNIST / case.file)
             classes.add(int(call().argmax()))
     assert len(classes) == 1
+
+
+def test_what_takes_minutes_is_run_only_by_name() -> None:
+    assert "soak" not in {one.name for one in chosen_scenarios(())}
+    assert [one.name for one in chosen_scenarios(("soak",))] == ["soak"]
+
+
+def test_a_short_soak_loses_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "--quick", "--json", "--only", "soak"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    scenario = msgspec.json.decode(done.stdout)["scenarios"]["soak"]
+    told = {one["name"]: one for one in scenario["figures"]}
+    for what in ("8 swaps under load", "4 rollbacks under load"):
+        assert told[f"{what}: requests"]["median"] > 100
+        for loss in ("lost or refused", "answered twice", "answered by neither version"):
+            assert told[f"{what}: {loss}"]["median"] == 0, told
 
 
 def test_the_memory_of_this_process_is_read_in_bytes() -> None:
