@@ -6,11 +6,22 @@ the data path. It never imports numpy or a backend library.
 
 from __future__ import annotations
 
-import asyncio
+import sys
 from pathlib import Path
 
 from edge_runtime.clock import SystemClock
 from edge_runtime.config import Stated
+
+# The daemon speaks no TLS, and `ssl` maps libssl and libcrypto: 4 MiB of an idle daemon. asyncio
+# does without it where Python was built without OpenSSL; while it is imported we look like that.
+# Whoever imports `ssl` later gets it; only asyncio's own TLS stays away from this process.
+_hidden = not {"asyncio", "ssl"} & sys.modules.keys()
+if _hidden:
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+import asyncio  # noqa: E402
+
+if _hidden:
+    del sys.modules["ssl"]
 
 
 def serve(state_dir: Path, run_dir: Path, stated: Stated) -> int:

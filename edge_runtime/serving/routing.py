@@ -7,7 +7,7 @@ restart, and raising the share keeps everybody who was chosen before.
 
 from __future__ import annotations
 
-import hashlib
+from edge_runtime import digests
 
 _MASK = (1 << 64) - 1
 EVERYBODY = 1 << 64  # the limit of a share of 1
@@ -18,7 +18,7 @@ PATIENCE_NS_MAX = 1_000_000_000
 
 def seed_of(model: str, version: int) -> int:
     """The seed of one candidate: the next one does not get the same clients again."""
-    digest = hashlib.blake2b(f"{model}@{version}".encode(), digest_size=8).digest()
+    digest = digests.blake2b(f"{model}@{version}".encode(), 8)
     return int.from_bytes(digest, "little")
 
 
@@ -33,7 +33,7 @@ def mix(number: int, seed: int) -> int:
 def mix_key(key: str, seed: int) -> int:
     """The same for a routing key."""
     salt = seed.to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8, key=salt).digest(), "little")
+    return int.from_bytes(digests.blake2b(key.encode(), 8, salt), "little")
 
 
 def limit_of(share: float) -> int:

@@ -7,7 +7,6 @@ durable after `sync`, which the caller owes before anything refers to them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -109,6 +108,8 @@ class Blobs:
         self._files.sync_directory(self.directory)
 
     def _digest(self, path: Path, advance: Advance) -> tuple[str, int]:
+        import hashlib  # libcrypto: quick, and large: see digests
+
         hasher = hashlib.sha256()
         size_bytes = 0
         for chunk in self._until_interrupted(self._files.chunks(path)):
@@ -126,6 +127,8 @@ class Blobs:
 
 def _checked(blob: BlobRef, chunks: Iterable[bytes], advance: Advance) -> Iterator[bytes]:
     """The chunks again, hashed on the way; endless and short data end in a BundleError."""
+    import hashlib  # libcrypto: quick, and large: see digests
+
     hasher = hashlib.sha256()
     size_bytes = 0
     for chunk in chunks:

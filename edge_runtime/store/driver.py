@@ -14,13 +14,13 @@ The layout on disk is in docs/store.md.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
+from edge_runtime import digests
 from edge_runtime.clock import Clock
 from edge_runtime.errors import (
     BundleError,
@@ -221,7 +221,7 @@ class Store:
         generations.check_version(version)
         _check_size("manifest", len(manifest), MANIFEST_SIZE_MAX)
         refs = generations.blob_refs((source.sha256, source.size_bytes) for source in sources)
-        digest = hashlib.sha256(manifest).hexdigest()
+        digest = digests.sha256_hex(manifest)
         numbers = self._disk.numbers(name)
         own = [self._disk.read_generation(name, number) for number in numbers]
         known = generations.installed(filter(None, own), name, version, digest)
@@ -467,7 +467,7 @@ class Store:
             manifest = self._disk.files.read(path, MANIFEST_SIZE_MAX)
         except NotFoundError as e:
             raise DamagedError("manifest is missing", where=str(path)) from e
-        if hashlib.sha256(manifest).hexdigest() != generation.manifest_sha256:
+        if digests.sha256_hex(manifest) != generation.manifest_sha256:
             raise DamagedError(
                 "manifest is not the one that was installed",
                 where=str(path),

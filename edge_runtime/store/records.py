@@ -8,11 +8,11 @@ version of this program and must be left alone.
 
 from __future__ import annotations
 
-import hashlib
 from typing import TypeVar
 
 import msgspec
 
+from edge_runtime import digests
 from edge_runtime.errors import StorageError
 
 # Holds a generation with some 5,000 blobs; a larger record is a mistake.
@@ -52,4 +52,4 @@ def decode(data: bytes, kind: type[_Record]) -> _Record | None:
 
 
 def _digest(body: bytes) -> bytes:
-    return hashlib.sha256(body).hexdigest().encode()
+    return digests.sha256_hex(body).encode()

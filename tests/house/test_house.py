@@ -47,6 +47,18 @@ def test_the_daemon_imports_no_numpy_and_no_backend() -> None:
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_the_daemon_imports_no_library_of_cryptography() -> None:
+    """`ssl` and `hashlib` map libcrypto: 4 MiB of a daemon that speaks no TLS and is idle."""
+    heavy = ("ssl", "_ssl", "hashlib", "_hashlib", "secrets", "hmac")
+    done = _python(
+        "import sys, edge_runtime.cli.serve, edge_runtime.daemon.supervisor\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])\n"
+        "import asyncio, hashlib, ssl\n"  # whoever wants them gets them
+        "print(ssl.create_default_context() is not None)"
+    )
+    assert done.stdout.split("\n")[:2] == ["[]", "True"], done.stdout + done.stderr
+
+
 def test_every_module_states_its_law_first() -> None:
     silent = []
     for path in (ROOT / "edge_runtime").rglob("*.py"):
