@@ -9,7 +9,6 @@ The facts are read once: a library that is replaced under a running daemon is no
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from edge_runtime import __version__
+from edge_runtime import __version__, digests
 from edge_runtime.backends import PACKAGES
 from edge_runtime.daemon.board import Board
 from edge_runtime.serving.selection import Runnable
@@ -74,7 +73,7 @@ def read_facts(proc: Path) -> dict[str, str]:
         fields.setdefault(key.strip(), value.strip())
     identity = "\n".join(f"{key}={fields.get(key, '')}" for key in _PROCESSOR)
     name = fields.get("model name") or fields.get("CPU part") or ""
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    digest = digests.sha256_hex(identity.encode())[:8]
     return {
         "edge-runtime": __version__,
         "processor": f"{os.uname().machine} {name} {digest}",
@@ -103,7 +102,7 @@ def _installed(packages: Iterable[str], wanted: tuple[str, ...]) -> list[str]:
 def _describe(board: Board) -> str:
     """The profile by name, and by what it says about backends."""
     choices = msgspec.json.encode((board.order, board.threads, board.workers))
-    return f"{board.name or 'none'} {hashlib.sha256(choices).hexdigest()[:8]}"
+    return f"{board.name or 'none'} {digests.sha256_hex(choices)[:8]}"
 
 
 def _lines(path: Path) -> list[str]:
