@@ -9,12 +9,12 @@ is as good as none, and is replaced.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import socket
 from pathlib import Path
 
+from edge_runtime import digests
 from edge_runtime.serving import channel
 
 MAGIC = b"edge-runtime compiled 1\n"
@@ -27,7 +27,7 @@ BYTES_MAX = 1 << 30
 
 def name_of(key: str) -> str:
     """The file name of a key."""
-    return hashlib.sha256(key.encode()).hexdigest() + SUFFIX
+    return digests.sha256_hex(key.encode()) + SUFFIX
 
 
 def is_name(name: str) -> bool:
@@ -48,6 +48,8 @@ def unseal(key: str, data: bytes) -> bytes | None:
 
 
 def _digest(key: str, blob: bytes) -> bytes:
+    import hashlib  # large, in a worker; the daemon imports this file, too, and not libcrypto
+
     whole = hashlib.sha256(len(key).to_bytes(8, "little") + key.encode())
     whole.update(blob)
     return whole.digest()
