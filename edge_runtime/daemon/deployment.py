@@ -29,7 +29,7 @@ from edge_runtime.errors import (
     NotFoundError,
     UnavailableError,
 )
-from edge_runtime.serving import health, selection
+from edge_runtime.serving import health, standing
 from edge_runtime.serving.health import Death
 from edge_runtime.store import Generation, Store, Switch
 
@@ -120,7 +120,7 @@ class Deployment:
             EdgeError: the store could not switch.
         """
         async with self._superseding():
-            worker, warm = await self._loaded(generation, choose=True)
+            worker, warm = await self._loaded(generation, asked=True, choose=True)
             try:
                 switch = await self._shelf.switch(
                     lambda store: store.activate(self.name, generation.number, reason)
@@ -140,7 +140,7 @@ class Deployment:
         """
         async with self._superseding():
             generation = await self._shelf.read(self._previous)
-            worker, warm = await self._loaded(generation, choose=False)
+            worker, warm = await self._loaded(generation, asked=True, choose=False)
             try:
                 switch = await self._shelf.switch(lambda store: store.rollback(self.name, reason))
             except EdgeError:
@@ -339,10 +339,13 @@ class Deployment:
         except EdgeError as error:
             self._parts.emit("switch_not_copied", str(error), level="warning", code=error.code)
 
-    async def _loaded(self, generation: Generation, choose: bool) -> tuple[WorkerProcess, bool]:
-        """A ready worker for a generation: the one at hand, or a new one.
+    async def _loaded(
+        self, generation: Generation, *, asked: bool, choose: bool
+    ) -> tuple[WorkerProcess, bool]:
+        """A ready worker for a generation, and whether it was at hand.
 
         Args:
+            asked: somebody wants it now.
             choose: decide about its variants first, where that is due.
         """
         at_hand = [one for one, _ in self.workers() if one.serving]
@@ -352,7 +355,7 @@ class Deployment:
         served = self.worker is not None
         worker = await self._selector.worker(
             generation,
-            asked=True,
+            asked=asked,
             choose=choose,
             hurry=lambda: served and self.worker is None,  # what served has died meanwhile
         )
@@ -378,7 +381,7 @@ class Deployment:
                 if not await self._selector.outdated(generation):
                     return
                 switch = await self._shelf.read(lambda store: store.current(self.name))
-                worker, same = await self._loaded(generation, choose=True)
+                worker, same = await self._loaded(generation, asked=False, choose=True)
                 if not same and self.active is generation and not self._closing:
                     reason = f"{worker.spec.variant} is the best variant here now"
                     await self._take_over(generation, worker, switch, False, reason)
@@ -524,7 +527,7 @@ class Deployment:
         horizon_ns = now_ns - round(rules.window_s * 1e9)
         deaths = 1 + sum(at_ns >= horizon_ns for at_ns in self._deaths_ns)
         following = self._selector.another(worker)
-        if not following or not selection.must_leave(death.cause, deaths, rules.variant_deaths_max):
+        if not following or not standing.must_leave(death.cause, deaths, rules.variant_deaths_max):
             return False
         self._deaths_ns.clear()  # they were this variant's
         self._selector.leave(worker.spec.generation, worker.spec.variant, death.detail, death.cause)

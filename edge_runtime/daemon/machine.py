@@ -13,14 +13,16 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from edge_runtime import __version__, digests
 from edge_runtime.backends import PACKAGES
 from edge_runtime.daemon.board import Board
-from edge_runtime.serving.selection import Runnable
+
+if TYPE_CHECKING:
+    from edge_runtime.serving.selection import Runnable
 
 PROC = Path("/proc")
 _SUFFIX = ".dist-info"

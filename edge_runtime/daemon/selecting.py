@@ -1,8 +1,8 @@
 """Which variant of a generation serves: measured once, kept, and left when it fails.
 
 Law of this file: the order of steps of a selection, and the decisions of one model in memory and on
-disk. Verdicts are `serving.selection`'s, workers are made by `loading` and ended by `crew`; no
-worker gets a role here. The caller holds the model's lock wherever something is waited for.
+disk. Verdicts are `serving.selection`'s and `standing`'s, the measuring is `tryout`'s; no worker
+gets a role here. The caller holds the model's lock wherever something is waited for.
 
 A decision that cannot be stored is used all the same, and made again after the next start.
 """
@@ -10,38 +10,27 @@ A decision that cannot be stored is used all the same, and made again after the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from edge_runtime.bundle.manifest import Manifest, Variant
-from edge_runtime.daemon import energy, memory, specs
+from edge_runtime.daemon import specs
 from edge_runtime.daemon.crew import Crew
 from edge_runtime.daemon.loading import Loader
 from edge_runtime.daemon.parts import Parts
 from edge_runtime.daemon.processes import WorkerProcess
-from edge_runtime.errors import EdgeError, GoldenError, ModelError, NoMemoryError
-from edge_runtime.serving import governing, selection
+from edge_runtime.errors import EdgeError, GoldenError
+from edge_runtime.serving import governing, standing
 from edge_runtime.serving.health import Cause
-from edge_runtime.serving.selection import Measured
 from edge_runtime.store import Generation
-from edge_runtime.store.decisions import Decision, Left, Tried
+from edge_runtime.store.decisions import Decision, Left
 
-# A slice that takes so many times what it should, and at least so long, is not waited for.
-SLICE_PATIENCE = 10.0
-SLICE_S_MIN = 1.0
+if TYPE_CHECKING:
+    from edge_runtime.serving.selection import Candidate
 
 # Whether to stop measuring: nothing serves any more.
 Hurry = Callable[[], bool]
-
-
-class Rounds(NamedTuple):
-    """What a measurement gave."""
-
-    measured: list[Measured]  # in the order of preference
-    together: bool
-    rounds: int
-    note: str = ""
 
 
 class Selector:
@@ -88,7 +77,7 @@ class Selector:
         manifest = await self._parts.shelf.manifest(generation)
         if not self._has_choice(generation, manifest):
             return ""
-        return self._stale(await self.decision(generation.number), manifest, activating)
+        return await self._stale(generation, manifest, activating)
 
     def _has_choice(self, generation: Generation, manifest: Manifest) -> bool:
         if len(manifest.variants) > 1 and not self._parts.worker_config.variant:
@@ -96,20 +85,19 @@ class Selector:
         self._single.add(generation.number)  # a switch to it need not read its manifest again
         return False
 
-    def _stale(self, decision: Decision | None, manifest: Manifest, activating: bool) -> str:
+    async def _stale(self, generation: Generation, manifest: Manifest, activating: bool) -> str:
+        decision = await self.decision(generation.number)
         if decision is None:
             return "it was not decided yet"
         if activating and decision.left:
             return f"{decision.left[-1].variant} had been left"
-        names = {one.name for one in manifest.variants}
-        if not names.issuperset(decision.order):  # another program's, or tampered with
-            return "the decision names other variants"
-        return selection.changed(decision, self._fingerprint(manifest))
+        return standing.changed(decision, self._fingerprint(generation, manifest))
 
-    def _fingerprint(self, manifest: Manifest) -> dict[str, str]:
+    def _fingerprint(self, generation: Generation, manifest: Manifest) -> dict[str, str]:
         backends = sorted({one.backend for one in manifest.variants})
         return {
             **self._parts.machine.fingerprint(backends),
+            "bundle": generation.manifest_sha256[:16],
             "policy": self._parts.config.selection.policy,
             "cpuset": self._parts.worker_config.cpuset,
         }
@@ -134,11 +122,10 @@ class Selector:
         if not self._has_choice(generation, manifest):
             given = specs.candidates(manifest, self._parts.worker_config)
             return await self._loader.load(generation, manifest, given, asked)
-        decision = await self.decision(generation.number)
-        stale = self._stale(decision, manifest, activating=choose)
-        if choose and stale:
-            return await self._choose(generation, manifest, asked, hurry, stale)
-        variants = self._in_order(decision, manifest)
+        why = await self._stale(generation, manifest, activating=True) if choose else ""
+        if why:
+            return await self._choose(generation, manifest, asked, hurry, why)
+        variants = self._in_order(await self.decision(generation.number), manifest)
         return await self._loader.load(generation, manifest, variants, asked, self._note_refusal)
 
     async def first(self, generation: Generation) -> str:
@@ -152,7 +139,7 @@ class Selector:
     def _in_order(self, decision: Decision | None, manifest: Manifest) -> Sequence[Variant]:
         by_name = {one.name: one for one in manifest.variants}
         if decision is not None and by_name.keys() >= set(decision.order):
-            names = list(selection.to_load(decision))
+            names = list(standing.to_load(decision))
         else:
             names = [one.variant.name for one in self._candidates(manifest) if not one.skipped]
         if self.slim and names:
@@ -162,7 +149,9 @@ class Selector:
             names = governing.slimmed(names, sizes, slower)
         return [by_name[name] for name in names]
 
-    def _candidates(self, manifest: Manifest) -> tuple[selection.Candidate, ...]:
+    def _candidates(self, manifest: Manifest) -> tuple[Candidate, ...]:
+        from edge_runtime.serving import selection  # only where there is something to choose
+
         machine = self._parts.machine
         return selection.candidates(manifest, machine.order, machine.runnable)
 
@@ -173,7 +162,7 @@ class Selector:
         decision = self._known.get(worker.spec.generation)
         if decision is None or self._parts.worker_config.variant:
             return ""
-        names = [one for one in selection.remaining(decision) if one != worker.spec.variant]
+        names = [one for one in standing.remaining(decision) if one != worker.spec.variant]
         return names[0] if names else ""
 
     def leave(self, number: int, variant: str, reason: str, cause: Cause) -> None:
@@ -182,7 +171,7 @@ class Selector:
         if decision is None:
             return
         left = Left(variant, reason, str(cause), self._parts.clock.wall_s())
-        self._known[number] = decision = selection.without(decision, left)
+        self._known[number] = decision = standing.without(decision, left)
         self._parts.emit(
             "variant_left",
             f"{variant} is not used any more until the next activation: {reason}",
@@ -196,7 +185,7 @@ class Selector:
     def _note_refusal(self, generation: Generation, variant: Variant, error: EdgeError) -> None:
         """A variant that gave right answers when it was decided, and now does not."""
         decision = self._known.get(generation.number)
-        if decision is None or variant.name not in selection.remaining(decision):
+        if decision is None or variant.name not in standing.remaining(decision):
             return
         if isinstance(error, GoldenError):
             self.leave(generation.number, variant.name, str(error), Cause.GOLDEN)
@@ -219,16 +208,18 @@ class Selector:
         self, generation: Generation, manifest: Manifest, asked: bool, hurry: Hurry, why: str
     ) -> WorkerProcess:
         """Load every variant that can run, measure them, keep the best and the decision."""
+        from edge_runtime.daemon.tryout import Tryout  # as above: an idle daemon does without it
+
         began_ns = self._parts.clock.monotonic_ns()
-        session = Session(self._parts, self._crew, self._loader, generation, manifest, hurry)
+        tryout = Tryout(self._parts, self._crew, self._loader, generation, manifest, hurry)
         try:
-            worker, decision = await session.decide(self._candidates(manifest), asked)
+            worker, decision = await tryout.decide(self._candidates(manifest), asked)
         except BaseException:
-            session.kill_all()
+            tryout.kill_all()
             raise
         decision = msgspec.structs.replace(
             decision,
-            fingerprint=self._fingerprint(manifest),
+            fingerprint=self._fingerprint(generation, manifest),
             decided_wall_s=self._parts.clock.wall_s(),
             took_s=round((self._parts.clock.monotonic_ns() - began_ns) / 1e9, 3),
         )
@@ -245,314 +236,3 @@ class Selector:
             took_s=decision.took_s,
         )
         return worker
-
-
-class Session:
-    """One selection: the workers that it has made, and what was found out about each variant."""
-
-    def __init__(
-        self,
-        parts: Parts,
-        crew: Crew,
-        loader: Loader,
-        generation: Generation,
-        manifest: Manifest,
-        hurry: Hurry,
-    ) -> None:
-        self._parts = parts
-        self._crew = crew
-        self._loader = loader
-        self._generation = generation
-        self._manifest = manifest
-        self._hurry = hurry
-        self._workers: dict[str, WorkerProcess] = {}  # in the order of preference
-        self._tried: dict[str, Tried] = {}
-        self._policy = parts.config.selection.policy
-        self._no_room: NoMemoryError | None = None
-        self._failure: EdgeError | None = None
-        self._refused: set[str] = set()  # wrong, or failed
-
-    def kill_all(self) -> None:
-        """Nothing of this selection stays."""
-        for worker in self._workers.values():
-            self._crew.kill(worker)
-
-    async def decide(
-        self, candidates: Sequence[selection.Candidate], asked: bool
-    ) -> tuple[WorkerProcess, Decision]:
-        """The worker of the best variant, and the decision without when and why it was made.
-
-        Raises:
-            NoMemoryError, ModelError: as `Selector.worker`.
-        """
-        for one in candidates:
-            self._tried[one.variant.name] = _untried(one)
-        variants = [one.variant for one in candidates if not one.skipped]
-        if self._policy == "off":
-            return await self._first(variants, asked)
-        crowded = await self._load_all(variants, asked)
-        if crowded:
-            rounds = await self._apart(variants, asked)
-        else:
-            rounds = await self._in_turns()
-        if not rounds.measured:
-            raise self._unfit()
-        decision = self._verdict(rounds, variants)
-        return await self._winner(decision, asked), self._described(decision)
-
-    async def _first(
-        self, variants: Sequence[Variant], asked: bool
-    ) -> tuple[WorkerProcess, Decision]:
-        """Without measuring: the first that is right serves, those behind it stand by."""
-        for place, variant in enumerate(variants):
-            if await self._load(variant, asked):
-                self._rule(variant.name, "chosen", "the first in order that keeps its goldens")
-                order = tuple(one.name for one in variants[place:])
-                decision = self._decision(order, Rounds([], True, 0, "not measured"), "", 0.0)
-                return self._workers[variant.name], self._described(decision)
-        raise self._unfit()
-
-    # -- loading -----------------------------------------------------------------------------------
-
-    async def _load_all(self, variants: Sequence[Variant], asked: bool) -> bool:
-        """A worker for each; whether memory had no room for them all at once."""
-        for variant in variants:
-            # For the first one others may have to go; the choice among more is not worth that.
-            await self._load(variant, asked and not self._workers)
-            if self._workers and self._hurry():
-                break
-        return self._no_room is not None
-
-    async def _load(self, variant: Variant, asked: bool) -> bool:
-        """Load one, note how that went; whether it is ready."""
-        try:
-            worker = await self._loader.load_variant(
-                self._generation, self._manifest, variant, asked
-            )
-        except NoMemoryError as error:
-            self._no_room = error
-            self._rule(variant.name, "failed", str(error))
-            return False
-        except EdgeError as error:
-            self._refuse(variant.name, error)
-            return False
-        self._workers[variant.name] = worker
-        report = worker.report
-        assert report is not None
-        if self._tried[variant.name].verdict == "failed":  # for want of memory, the last time
-            self._rule(variant.name, "fit", "")
-        self._tried[variant.name] = msgspec.structs.replace(
-            self._tried[variant.name],
-            loaded=True,
-            backend_version=worker.backend_version,
-            goldens=report.goldens,
-            golden_deviation=report.golden_deviation,
-            placement=report.placement,
-        )
-        return True
-
-    def _refuse(self, name: str, error: EdgeError) -> None:
-        self._failure = error
-        self._refused.add(name)
-        self._rule(name, "wrong" if isinstance(error, GoldenError) else "failed", str(error))
-        self._loader.tell_refused(self._generation, name, error)
-
-    def _rule(self, name: str, verdict: str, reason: str) -> None:
-        self._tried[name] = msgspec.structs.replace(
-            self._tried[name], verdict=verdict, reason=reason
-        )
-
-    def _unfit(self) -> EdgeError:
-        refused = [f"{one.variant}: {one.reason}" for one in self._tried.values() if one.reason]
-        if self._no_room is not None:
-            return self._no_room
-        if len(refused) == 1 and self._failure is not None:
-            return self._failure
-        name = f"{self._generation.name}@{self._generation.version}"
-        return ModelError(f"no variant of {name} is fit: " + "; ".join(refused))
-
-    # -- measuring ---------------------------------------------------------------------------------
-
-    async def _in_turns(self) -> Rounds:
-        """All that are loaded, round after round."""
-        if len(self._workers) < 2:
-            return Rounds([Measured(name, ()) for name in self._workers], True, 0)
-        async with self._parts.machine.turn:
-            give_up_ns = self._give_up_ns()
-            series: dict[str, Series] = {name: Series() for name in self._workers}
-            rounds = 0
-            while rounds <= selection.ROUNDS and not self._hurry():
-                if rounds > 1 and not self._fits(give_up_ns):
-                    break
-                await self._round(series, rounds, give_up_ns)
-                rounds += 1
-        note = "" if rounds > selection.ROUNDS else f"stopped after {rounds} rounds"
-        measured = [self._measured(name, one) for name, one in series.items() if self._lives(name)]
-        return Rounds(measured, True, max(rounds - 1, 0), note)
-
-    async def _round(self, series: dict[str, Series], number: int, give_up_ns: int) -> None:
-        names = [name for name in series if self._lives(name)]
-        for place in selection.turns(len(names), number) if names else ():
-            await self._slice(names[place], series[names[place]], give_up_ns)
-
-    async def _apart(self, variants: Sequence[Variant], asked: bool) -> Rounds:
-        """One after the other: each is loaded, measured and ended before the next."""
-        await self._stop(list(self._workers))
-        measured, per_variant_s = [], self._parts.config.selection.time_max_s / len(variants)
-        for variant in variants:
-            if variant.name in self._refused or not await self._load(variant, asked):
-                continue
-            one, name = Series(), variant.name
-            async with self._parts.machine.turn:
-                give_up_ns = self._parts.clock.monotonic_ns() + round(per_variant_s * 1e9)
-                for number in range(selection.ROUNDS + 1):
-                    late = self._parts.clock.monotonic_ns() > give_up_ns
-                    if not self._lives(name) or (late and number > 1) or self._hurry():
-                        break
-                    await self._slice(name, one, give_up_ns)
-            if self._lives(name):
-                measured.append(self._measured(name, one))
-            await self._stop([name])
-        note = "measured one after the other: memory had no room for all at once"
-        return Rounds(measured, False, min((len(m.run_ns) for m in measured), default=0), note)
-
-    def _give_up_ns(self) -> int:
-        limit_s = self._parts.config.selection.time_max_s
-        return self._parts.clock.monotonic_ns() + round(limit_s * 1e9)
-
-    def _lives(self, name: str) -> bool:
-        return name in self._workers and self._workers[name].serving
-
-    def _fits(self, give_up_ns: int) -> bool:
-        """Whether another round ends in time."""
-        round_ns = sum(max(selection.SLICE_NS, self._run_ns(name)) for name in self._workers)
-        return self._parts.clock.monotonic_ns() + round_ns <= give_up_ns
-
-    def _run_ns(self, name: str) -> float:
-        report = self._workers[name].report
-        return report.run_ms_p50 * 1e6 if report is not None else 0.0
-
-    async def _slice(self, name: str, series: Series, give_up_ns: int) -> None:
-        """One variant's part of a round; one that fails is refused and ended."""
-        worker, run_ns = self._workers[name], self._run_ns(name)
-        runs = selection.runs_of_slice(run_ns)
-        slice_ms = max(selection.SLICE_NS, run_ns) / 1e6
-        patience_s = max(SLICE_S_MIN, slice_ms / 1e3 * SLICE_PATIENCE)
-        energy_uj = energy.read_uj()
-        try:
-            times_ns = await worker.measure(runs, slice_ms, patience_s)
-        except EdgeError as error:
-            self._refuse(name, error)
-            self._crew.kill(worker)
-            del self._workers[name]
-            return
-        used_uj = energy.used_uj(energy_uj, energy.read_uj())
-        series.add(times_ns, used_uj)
-
-    def _measured(self, name: str, series: Series) -> Measured:
-        worker = self._workers[name]
-        private_bytes = memory.of(worker.pid).private_bytes
-        found = series.measured(name, private_bytes)
-        self._tried[name] = msgspec.structs.replace(
-            self._tried[name],
-            run_ms_p50=round(found.run_ms_p50, 6),
-            run_ms_spread=round(found.run_ms_spread, 6),
-            runs=found.runs,
-            private_bytes=private_bytes,
-            energy_uj=round(selection.median(found.energy_uj), 1) if found.energy_uj else 0.0,
-        )
-        return found
-
-    # -- the verdict -------------------------------------------------------------------------------
-
-    def _verdict(self, rounds: Rounds, variants: Sequence[Variant]) -> Decision:
-        measured, note = rounds.measured, rounds.note
-        names = {one.variant for one in measured}
-        fit = [one for one in variants if one.name in names]
-        plain = selection.reference(fit)
-        if len(measured) < 2 or not all(one.run_ns for one in measured):
-            only = "the only one that is right" if len(measured) < 2 else "first in order"
-            for place, one in enumerate(measured):
-                self._rule(one.variant, "fit" if place else "chosen", only if not place else "")
-            order = tuple(one.variant for one in measured)
-            return self._decision(order, rounds, plain, 0.0)
-        policy = self._policy
-        if policy == "energy" and not all(one.energy_uj for one in measured):
-            policy = "latency"
-            note = "; ".join(filter(None, (note, "energy cannot be read here: by latency")))
-        verdict = selection.decide(
-            policy,
-            measured,
-            plain,
-            together=rounds.together,
-            latency_ms_max=self._manifest.budgets.latency_ms,
-        )
-        for name, ruling in verdict.rulings.items():
-            self._rule(name, ruling.verdict, ruling.reason)
-        return self._decision(verdict.order, rounds._replace(note=note), plain, verdict.margin)
-
-    def _decision(
-        self, order: tuple[str, ...], rounds: Rounds, plain: str, margin: float
-    ) -> Decision:
-        return Decision(
-            name=self._generation.name,
-            generation=self._generation.number,
-            fingerprint={},
-            policy=self._policy,
-            order=order,
-            tried=(),
-            reference=plain,
-            margin=round(margin, 4),
-            rounds=rounds.rounds,
-            together=rounds.together,
-            note=rounds.note,
-        )
-
-    def _described(self, decision: Decision) -> Decision:
-        return msgspec.structs.replace(decision, tried=tuple(self._tried.values()))
-
-    async def _winner(self, decision: Decision, asked: bool) -> WorkerProcess:
-        """The first of the order that is ready; the others are ended."""
-        by_name = {one.name: one for one in self._manifest.variants}
-        for name in decision.order:
-            if self._lives(name) or await self._load(by_name[name], asked):
-                await self._stop([one for one in self._workers if one != name])
-                return self._workers[name]
-        raise self._unfit()
-
-    async def _stop(self, names: list[str]) -> None:
-        for name in names:
-            await self._crew.stop(self._workers.pop(name))
-
-
-class Series:
-    """What the slices of one variant gave, in order; the first of several only warms up."""
-
-    def __init__(self) -> None:
-        self._run_ns: list[float] = []
-        self._energy_uj: list[float] = []
-        self._runs = 0
-
-    def add(self, times_ns: list[int], used_uj: float | None) -> None:
-        """A slice."""
-        self._run_ns.append(selection.median(times_ns))
-        self._runs += len(times_ns)
-        if used_uj is not None:
-            self._energy_uj.append(used_uj / len(times_ns))
-
-    def measured(self, variant: str, private_bytes: int) -> Measured:
-        """All of them."""
-        first = 1 if len(self._run_ns) > 1 else 0
-        complete = len(self._energy_uj) == len(self._run_ns)
-        return Measured(
-            variant,
-            tuple(self._run_ns[first:]),
-            private_bytes,
-            tuple(self._energy_uj[first:]) if complete else (),
-            self._runs,
-        )
-
-
-def _untried(one: selection.Candidate) -> Tried:
-    verdict = "skipped" if one.skipped else "fit"
-    return Tried(one.variant.name, one.variant.backend, verdict, one.skipped)

@@ -1,8 +1,8 @@
 """Which variant serves: candidates in order, and the verdict when all have been measured.
 
 Law of this file: pure. Manifests, preferences and measured times in, orders and verdicts out; no
-clock, no process, no disk. Who loads and measures is `daemon.selecting`; what is kept of it is
-`store.decisions`.
+clock, no process, no disk. Who loads and measures is `daemon.tryout`; what is kept of it is
+`store.decisions`, and what still stands of that `serving.standing`.
 
 No regret: the first variant in the preferred order is kept unless another one is better by more
 than the noise, and what is worse than the plain variant (fp32 on the CPU) is not chosen at all.
@@ -10,19 +10,16 @@ than the noise, and what is worse than the plain variant (fp32 on the CPU) is no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from msgspec import structs
-
 from edge_runtime.bundle.manifest import Manifest, Variant
-from edge_runtime.serving.health import Cause
-from edge_runtime.store.decisions import Decision, Left
 
-# A difference smaller than this is none. Loading the same file twice gave medians up to 6 % apart
-# on the build machine (docs/selection.md): other pages, other cache lines, other neighbours.
+# A difference smaller than this is none. Four loads of one file had medians up to 2.4 % apart in
+# nine of twelve choices on a busy machine, and up to 23 % in the others, where the margin grew to
+# 28 to 50 % (docs/selection.md): other pages, other neighbours, other work on the machine.
 MARGIN_MIN = 0.10
-# Measured one after the other, minutes and degrees apart, and not against each other in turns.
+# Measured one after the other: seconds and degrees apart, what slowed one did not slow the next.
 MARGIN_APART = 0.25
 # With fewer rounds the noise itself is not known: only what everybody would see counts.
 ROUNDS_MIN = 3
@@ -293,55 +290,3 @@ def _against(policy: str, found: Comparison, other: Measured) -> str:
 
 def _number(ratio: float) -> str:
     return f"{ratio:.3g}" if ratio < 100 else f"{ratio:,.0f}"
-
-
-# --- afterwards -----------------------------------------------------------------------------------
-
-
-def changed(decision: Decision, fingerprint: Mapping[str, str]) -> str:
-    """What a decision depended on and is different now, as a sentence; "": nothing."""
-    names = sorted(decision.fingerprint.keys() | fingerprint.keys())
-    parts = [
-        f"{name}: {decision.fingerprint.get(name) or 'none'} -> {fingerprint.get(name) or 'none'}"
-        for name in names
-        if decision.fingerprint.get(name) != fingerprint.get(name)
-    ]
-    return "; ".join(parts)
-
-
-def remaining(decision: Decision) -> tuple[str, ...]:
-    """The variants that may serve, best first, without those that were left."""
-    gone = {one.variant for one in decision.left}
-    return tuple(name for name in decision.order if name not in gone)
-
-
-def to_load(decision: Decision) -> tuple[str, ...]:
-    """The variants to load, in order.
-
-    When every one was left, they are all tried again, those that gave wrong answers last: each load
-    compares the goldens, and a device that serves what passes is better than one that serves none.
-    """
-    left = remaining(decision)
-    if left:
-        return left
-    wrong = {one.variant for one in decision.left if one.cause == Cause.GOLDEN}
-    return tuple(sorted(decision.order, key=lambda name: name in wrong))
-
-
-def without(decision: Decision, left: Left) -> Decision:
-    """The decision after a variant was left."""
-    others = tuple(one for one in decision.left if one.variant != left.variant)
-    return structs.replace(decision, left=(*others, left))
-
-
-# Deaths that say enough: the next run or answer of this variant would be as bad.
-AT_ONCE = frozenset({Cause.GOLDEN, Cause.HANG})
-
-
-def must_leave(cause: Cause, deaths: int, deaths_max: int) -> bool:
-    """Whether a variant is to be left after so many deaths within the window, for another one.
-
-    A hang has cost `run_time_max_ms` of service, a wrong answer cannot be taken back: once is
-    enough. Other deaths may be one poisoned request or a passing lack of memory.
-    """
-    return cause in AT_ONCE or deaths >= deaths_max

@@ -132,6 +132,24 @@ def test_what_serves_goes_on_while_the_next_versions_variants_are_measured(daemo
     assert not failures and set(answers) == {7.0} and len(answers) > 5
 
 
+def test_when_what_serves_dies_meanwhile_measuring_stops_and_the_newcomer_takes_over(
+    daemon: Daemon,
+) -> None:
+    add(daemon, "hurry", [("only", {})])
+    slow = {"run_ms": 150}
+    began_s = time.monotonic()
+    thread = threading.Thread(target=lambda: add(daemon, "hurry", [("a", slow), ("b", slow)], 2))
+    thread.start()  # a round takes 0.3 s: 3.6 s in all
+    until(lambda: daemon.events("worker_ready", model="hurry", variant="b"), "the measurement")
+    os.kill(daemon.worker("hurry")["pid"], signal.SIGKILL)
+    assert daemon.infer("hurry") == 7.0
+    answered_s = time.monotonic() - began_s
+    thread.join()
+    (event,) = daemon.events("variant_selected", model="hurry")
+    assert event["fields"]["took_s"] < 3.6 and answered_s < event["fields"]["took_s"] + 3
+    assert "stopped after" in decision(daemon, "hurry")["note"]
+
+
 def test_a_variant_that_is_configured_is_served_unmeasured_and_off_measures_nothing(
     make_daemon: Callable[..., Daemon],
 ) -> None:

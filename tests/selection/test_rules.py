@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.bundle.manifest import Blob, Manifest, Variant
-from edge_runtime.serving import selection
+from edge_runtime.serving import selection, standing
 from edge_runtime.serving.health import Cause
 from edge_runtime.serving.selection import Candidate, Measured
 from edge_runtime.store.decisions import Decision, Left
@@ -198,20 +198,20 @@ def decision(*order: str, left: tuple[Left, ...] = ()) -> Decision:
 
 def test_a_decision_is_stale_when_what_it_rests_on_changed_and_says_what() -> None:
     now = {"kernel": "6.1", "backend x": "x-1.1", "order": "x:npu"}
-    assert selection.changed(decision("a"), {"kernel": "6.1", "backend x": "x-1.0"}) == ""
-    words = selection.changed(decision("a"), now)
+    assert standing.changed(decision("a"), {"kernel": "6.1", "backend x": "x-1.0"}) == ""
+    words = standing.changed(decision("a"), now)
     assert words == "backend x: x-1.0 -> x-1.1; order: none -> x:npu"
 
 
 def test_what_was_left_is_not_loaded_while_another_remains() -> None:
-    some = selection.without(decision("a", "b", "c"), Left("a", "died", "signal", 0.0))
-    assert selection.to_load(some) == ("b", "c")
+    some = standing.without(decision("a", "b", "c"), Left("a", "died", "signal", 0.0))
+    assert standing.to_load(some) == ("b", "c")
 
 
 def test_when_all_were_left_those_that_only_died_are_tried_before_those_that_lied() -> None:
     lied, died = Left("a", "golden", Cause.GOLDEN, 0.0), Left("b", "died", "signal", 0.0)
-    every = selection.without(selection.without(decision("a", "b"), lied), died)
-    assert selection.remaining(every) == () and selection.to_load(every) == ("b", "a")
+    every = standing.without(standing.without(decision("a", "b"), lied), died)
+    assert standing.remaining(every) == () and standing.to_load(every) == ("b", "a")
 
 
 @pytest.mark.parametrize(
@@ -227,4 +227,4 @@ def test_when_all_were_left_those_that_only_died_are_tried_before_those_that_lie
 def test_a_variant_is_left_after_one_lie_or_hang_and_after_a_few_deaths(
     cause: Cause, deaths: int, leaves: bool
 ) -> None:
-    assert selection.must_leave(cause, deaths, 3) is leaves
+    assert standing.must_leave(cause, deaths, 3) is leaves
