@@ -93,7 +93,7 @@ class Beside:
 
     def kill_candidate(self) -> None:
         for owner in self.candidate.connections():
-            self.candidate.worker._close(owner)
+            self.candidate.worker._peers.close(owner)
 
     def close(self) -> None:
         for rig in (self.stable, self.candidate):
