@@ -455,7 +455,7 @@ def test_a_client_that_leaves_costs_nothing(beside):
     client.close()
     both.stable.settle()
     both.settle()
-    assert both.stable.worker._slot_bytes_used == 0
+    assert both.stable.worker._slots.used_bytes == 0
 
 
 def test_connections_are_handed_over_when_their_requests_are_back(beside):
