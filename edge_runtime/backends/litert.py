@@ -139,16 +139,16 @@ class LiteRt:
 
     def version(self) -> str:
         """Imports the library; "2.3.0", or "2.14.0 (tflite-runtime)". Raises: BackendError."""
-        library = _library()
-        return f"{library.version}{'' if library.is_litert else ' (tflite-runtime)'}"
+        used = library()
+        return f"{used.version}{'' if used.is_litert else ' (tflite-runtime)'}"
 
     def load(self, artifact: Path, options: Mapping[str, Any]) -> LiteRtModel:
         """One .tflite file. Raises: UsageError, BackendError."""
         chosen = typed.decode(Options, options)
-        library = _library()
+        used = library()
         if chosen.delegate is not None:
             _check_delegate(chosen.delegate)
-        model = LiteRtModel(lambda: _Engine(library, artifact, chosen), chosen)
+        model = LiteRtModel(lambda: _Engine(used, artifact, chosen), chosen)
         heap.give_back()
         return model
 
@@ -280,7 +280,7 @@ class _Tensor(NamedTuple):
 class _Engine:
     """One interpreter. Used by one thread at a time."""
 
-    def __init__(self, library: _Library, artifact: Path, options: Options) -> None:
+    def __init__(self, library: Library, artifact: Path, options: Options) -> None:
         try:
             with _quiet(options.delegate is None):
                 interpreter = _interpreter(library, artifact, options)
@@ -346,7 +346,7 @@ class _Engine:
         return out
 
 
-def _interpreter(library: _Library, artifact: Path, options: Options) -> Any:
+def _interpreter(library: Library, artifact: Path, options: Options) -> Any:
     module = library.module
     resolvers = module.OpResolverType
     delegates = []
@@ -549,7 +549,7 @@ def state_of(nodes: list[Node]) -> Literal["none", "tensor", "resource"]:
 # --- the library ---------------------------------------------------------------------------------
 
 
-class _Library(NamedTuple):
+class Library(NamedTuple):
     """`module` has Interpreter, OpResolverType and load_delegate."""
 
     module: Any
@@ -558,13 +558,13 @@ class _Library(NamedTuple):
 
 
 @functools.cache
-def _library() -> _Library:
+def library() -> Library:
     """LiteRT, else tflite-runtime. Raises: BackendError: neither imports, or numpy is too new."""
     try:
         import ai_edge_litert
         from ai_edge_litert import interpreter
 
-        return _Library(interpreter, str(ai_edge_litert.__version__), True)
+        return Library(interpreter, str(ai_edge_litert.__version__), True)
     except ImportError as e:
         if e.name is None or e.name.partition(".")[0] != "ai_edge_litert":
             raise _no_import("ai-edge-litert", e, "litert") from e  # it is there, and broken
@@ -573,7 +573,7 @@ def _library() -> _Library:
     return _old_library()
 
 
-def _old_library() -> _Library:
+def _old_library() -> Library:
     major = int(np.__version__.partition(".")[0])
     try:
         with _quiet(major > _NEWEST_TFLITE_NUMPY):  # numpy explains the clash in forty lines
@@ -589,7 +589,7 @@ def _old_library() -> _Library:
         raise _no_import("tflite-runtime", e, "tflite") from e
     if major > _NEWEST_TFLITE_NUMPY:  # it may import, and then fails at the first interpreter
         raise _numpy_clash()
-    return _Library(interpreter, str(tflite_runtime.__version__), False)
+    return Library(interpreter, str(tflite_runtime.__version__), False)
 
 
 def _numpy_clash() -> BackendError:
@@ -640,7 +640,7 @@ def _check_delegate(delegate: Delegate) -> None:
         )
 
 
-def _refusal(library: _Library, artifact: Path, options: Options, error: Exception) -> BackendError:
+def _refusal(library: Library, artifact: Path, options: Options, error: Exception) -> BackendError:
     """Why an artifact was not loaded."""
     name = "LiteRT" if library.is_litert else "tflite-runtime"
     text = _brief(error)
