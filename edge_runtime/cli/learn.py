@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace, machine: Machine, base: Resolved) -> int:
         output.print_json({"file": str(path), "profile": document, "card": card})
     else:
         print(learned_text(measured))
-        print(f"\nwritten: {path}; use it with `profile: {path.resolve()}` in the configuration")
+        print(f"\nwritten: {path}")
+        print(f"in {loading.OWN}/ the daemon finds it by itself at its next start")
     return 0
 
 

@@ -100,6 +100,24 @@ def test_coral_is_an_addon_of_whatever_board_it_is_plugged_into(tmp_path: Path) 
     ]
 
 
+def test_an_own_profile_that_extends_the_boards_is_chosen_by_itself(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    text = "name: NAME\ntitle: ours\nextends: raspberry-pi-5\nworkers: {threads: 2}\n"
+    for name in ("a-learned", "raspberry-pi-5"):
+        (own / f"{name}.yaml").write_text(text.replace("NAME", name))
+    profiles, problems = loading.load_all([own, loading.BUILT_IN])
+    verdict = matching.choose(machine(PI_5, tmp_path / "root"), profiles)
+    assert problems == [] and verdict.board is not None
+    # The one of the same name stands in the built-in one's place, and the other extends it.
+    assert verdict.board.resolved.profile.name == "a-learned"
+    (own / "a-learned.yaml").unlink()
+    verdict = matching.choose(
+        machine(PI_5, tmp_path / "root"), loading.load_all([own, loading.BUILT_IN])[0]
+    )
+    assert verdict.board is not None and verdict.board.resolved.profile.title == "ours"
+
+
 def test_an_unknown_arm_board_gets_the_generic_profile(tmp_path: Path) -> None:
     board = Board("aarch64", {"proc/device-tree/compatible": "acme,thing\0acme,chip\0"}, "made up")
     verdict = matching.choose(machine(board, tmp_path), loading.load_all()[0])
