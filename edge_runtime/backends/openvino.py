@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,11 @@ _DATATYPES = {
     "f64": "FP64",
     "bf16": "BF16",
 }
+# OpenVINO IR as one file: magic, bytes of the graph, bytes of the weights; then both, the weights
+# at a multiple of 64 (bundle.openvino_ir makes and lints it).
+_IR_HEADER = struct.Struct("<8sQQ")
+_IR_MAGIC = b"EDGE-IR1"
+_IR_ALIGNMENT = 64
 _TFLITE_MAGIC = b"TFL3"  # file identifier at byte 4, from the TFLite schema
 _NOTHING: dict[Any, Any] = {}  # no input beside those that are bound
 
@@ -260,15 +266,17 @@ def _read(artifact: Path) -> Any:
     (`Core.read_model` lets seven parsers try, some of which write to stderr.)
     """
     refusal = functools.partial(
-        BackendError, where=str(artifact), expected="an ONNX or TFLite model"
+        BackendError, where=str(artifact), expected="an ONNX or TFLite model, or a packed IR"
     )
     try:
         with artifact.open("rb") as file:
             head = file.read(8)
     except OSError as e:
         raise BackendError(f"cannot be read: {e.strerror}", where=str(artifact)) from e
-    framework = "tflite" if head[4:] == _TFLITE_MAGIC else "onnx"
     try:
+        if head == _IR_MAGIC:
+            return library().Core().read_model(*_unpacked(artifact))
+        framework = "tflite" if head[4:] == _TFLITE_MAGIC else "onnx"
         front_end = library().frontend.FrontEndManager().load_by_framework(framework)
         model = front_end.convert(front_end.load(str(artifact)))
     except foreign() as e:
@@ -276,6 +284,19 @@ def _read(artifact: Path) -> Any:
     if not model.inputs or not model.outputs:  # what the ONNX front end makes of an empty file
         raise refusal("the artifact has no inputs or no outputs")
     return model
+
+
+def _unpacked(artifact: Path) -> tuple[bytes, bytes]:
+    """Graph and weights of a packed IR. Raises: ValueError: it is cut off."""
+    data = artifact.read_bytes()
+    if len(data) < _IR_HEADER.size:
+        raise ValueError("cut off")
+    _, xml_bytes, weights_bytes = _IR_HEADER.unpack_from(data)
+    start = _IR_HEADER.size + xml_bytes
+    start += -start % _IR_ALIGNMENT
+    if len(data) != start + weights_bytes:
+        raise ValueError("cut off")
+    return data[_IR_HEADER.size : _IR_HEADER.size + xml_bytes], data[start:]
 
 
 def _fix_shapes(model: Any, shapes: Mapping[str, list[int]]) -> None:

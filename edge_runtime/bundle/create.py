@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,7 @@ import msgspec
 
 import edge_runtime
 from edge_runtime import tensors
-from edge_runtime.bundle import archive, lint, source, tflite_graph
+from edge_runtime.bundle import archive, lint, openvino_ir, source, tflite_graph
 from edge_runtime.bundle import manifest as manifests
 from edge_runtime.bundle.manifest import (
     Blob,
@@ -31,6 +32,7 @@ from edge_runtime.bundle.manifest import (
     Variant,
 )
 from edge_runtime.bundle.onnx_graph import OnnxGraph, Value
+from edge_runtime.bundle.openvino_ir import IrGraph
 from edge_runtime.bundle.source import Source
 from edge_runtime.bundle.tflite_graph import TfliteGraph
 from edge_runtime.errors import BundleError, EdgeError, UsageError
@@ -50,7 +52,12 @@ GOLDENS_DEFAULT = 3  # one could be right by chance; each costs a run at every l
 # few layers of pooling.
 FREE_SIZE = 32
 
-BACKEND_OF_FORMAT = {"onnx": "onnxruntime", "tflite": "litert", "reference": "reference"}
+BACKEND_OF_FORMAT = {
+    "onnx": "onnxruntime",
+    "tflite": "litert",
+    "openvino-ir": "openvino",
+    "reference": "reference",
+}
 
 _INTEGER_OPERATORS = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"}
 # By precision: rtol, and atol as a share of the largest output. They cover what another processor
@@ -124,7 +131,7 @@ class _Model(NamedTuple):
     options: dict[str, Any]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    graph: OnnxGraph | TfliteGraph | None
+    graph: OnnxGraph | TfliteGraph | IrGraph | None
 
 
 class _Recorded(NamedTuple):
@@ -162,6 +169,19 @@ def create(
     if not models:
         raise UsageError("no model is given", expected="at least one model file")
     choices = [Choice(one) if isinstance(one, Path) else one for one in models]
+    with tempfile.TemporaryDirectory(prefix="edge-bundle-") as folder:
+        packed = [_packed(choice, Path(folder)) for choice in choices]
+        return _create(packed, options, out, load, say, given)
+
+
+def _create(
+    choices: Sequence[Choice],
+    options: Options,
+    out: Path,
+    load: Load | None,
+    say: Say,
+    given: Sequence[Given],
+) -> Created:
     opened = _named_alike([_open_model(choice, options, say) for choice in choices])
     _check_same_signature(opened)
     inputs, outputs = _specs(opened[0].inputs, opened[0]), _specs(opened[0].outputs, opened[0])
@@ -184,6 +204,18 @@ def create(
 
 
 # --- what the models say -------------------------------------------------------------------------
+
+
+def _packed(choice: Choice, folder: Path) -> Choice:
+    """OpenVINO IR as the one file that an artifact is, written to `folder`; others as they are."""
+    path = choice.path
+    if path.suffix.lower() != ".xml":
+        return choice
+    parts = [source.from_path(part.resolve()) for part in (path, path.with_suffix(".bin"))]
+    graph, weights = (part.read_at(0, part.size) for part in parts)
+    packed = folder / f"{path.stem}.ir"
+    packed.write_bytes(openvino_ir.pack(graph, weights))
+    return choice._replace(path=packed)
 
 
 def _open_model(choice: Choice, options: Options, say: Say) -> _Model:
@@ -283,7 +315,7 @@ def _shown(specs: tuple[TensorSpec, ...]) -> str:
     return ", ".join(f"{spec.name} {spec.datatype} {list(spec.shape)}" for spec in specs)
 
 
-def guess_precision(graph: OnnxGraph | TfliteGraph | None) -> str:
+def guess_precision(graph: OnnxGraph | TfliteGraph | IrGraph | None) -> str:
     """What a model computes with: "int8" if it quantizes, else the type of most of its weights.
 
     "int8-dynamic": a TFLite file whose weights are INT8 and whose activations are not.
@@ -292,6 +324,8 @@ def guess_precision(graph: OnnxGraph | TfliteGraph | None) -> str:
         return ""
     if isinstance(graph, TfliteGraph):
         return _precision_of_tflite(graph)
+    if isinstance(graph, IrGraph):
+        return openvino_ir.precision(graph)
     names = {name for _, name in graph.operators}
     if "MatMulNBits" in names:
         return "int4"
@@ -697,7 +731,7 @@ def _provenance(model: _Model) -> dict[str, Any]:
     out: dict[str, Any] = {"filename": model.path.name, "sha256": model.blob.sha256}
     if isinstance(model.graph, OnnxGraph):
         out |= {"producer": model.graph.producer, "opset": model.graph.opsets.get("", 0)}
-    elif model.graph is not None:
+    elif isinstance(model.graph, TfliteGraph):
         out |= {"producer": model.graph.description, **_quantization(model.graph)}
     return out
 

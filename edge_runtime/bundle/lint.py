@@ -15,9 +15,10 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from edge_runtime.bundle import manifest as manifests
-from edge_runtime.bundle import onnx_graph, tflite_graph
+from edge_runtime.bundle import onnx_graph, openvino_ir, tflite_graph
 from edge_runtime.bundle.manifest import Manifest, Variant
 from edge_runtime.bundle.onnx_graph import OnnxGraph, Value
+from edge_runtime.bundle.openvino_ir import IrGraph
 from edge_runtime.bundle.source import Source
 from edge_runtime.bundle.tflite_graph import TfliteGraph
 from edge_runtime.errors import BundleError
@@ -55,7 +56,7 @@ class Artifact(NamedTuple):
     format: str
     inputs: tuple[Value, ...] | None
     outputs: tuple[Value, ...] | None
-    graph: OnnxGraph | TfliteGraph | None
+    graph: OnnxGraph | TfliteGraph | IrGraph | None
     findings: tuple[Finding, ...]
 
 
@@ -85,7 +86,7 @@ DELEGATE_OPERATORS: dict[str, tuple[str, str]] = {
 # What a backend may be given. A backend that is not here gets nothing.
 BACKEND_FORMATS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnx",),
-    "openvino": ("onnx", "tflite"),
+    "openvino": ("onnx", "tflite", "openvino-ir"),
     "litert": ("tflite",),
     "reference": ("reference",),
 }
@@ -427,6 +428,28 @@ def _read_tflite(source: Source, limits: Limits) -> Artifact:
     return Artifact("tflite", inputs, outputs, graph, tuple(findings))
 
 
+def _read_openvino_ir(source: Source, limits: Limits) -> Artifact:
+    graph = openvino_ir.read(source)
+    findings = [
+        Finding(
+            "error",
+            source.where,
+            f"uses the operator {name[:200]} of no OpenVINO opset: it needs an extension",
+            "convert the model without it",
+        )
+        for name in openvino_ir.unknown_opsets(graph)[:5]
+    ]
+    nodes = sum(graph.operators.values())
+    if nodes > limits.nodes_max:
+        message = f"has {nodes} nodes; at most {limits.nodes_max} are allowed"
+        findings.append(Finding("error", source.where, message, "use a smaller model"))
+    if graph.is_stateful:
+        message = "has a state; by default every request starts from its initial value"
+        remedy = "set the option stateful to keep (or reset) to say which is meant"
+        findings.append(Finding("note", source.where, message, remedy))
+    return Artifact("openvino-ir", graph.inputs, graph.outputs, graph, tuple(findings))
+
+
 class _ReferenceDocument(msgspec.Struct):
     format: Literal["edge-runtime-reference"]
     inputs: tuple[TensorSpec, ...]
@@ -484,8 +507,9 @@ FORMATS: tuple[_Format, ...] = (
         "openvino",
         lambda head, name: head.lstrip().startswith((b"<?xml", b"<net")),
         None,
-        "is OpenVINO IR, whose weights are in a second file: not supported yet",
+        "is the graph of OpenVINO IR without its weights: give `bundle create` the .xml file",
     ),
+    _Format("openvino-ir", _starts(openvino_ir.MAGIC), _read_openvino_ir),
     _Format(
         "reference",
         lambda head, name: name.endswith(".json") or head.lstrip().startswith(b"{"),

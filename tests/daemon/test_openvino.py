@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.backends import backend
+from edge_runtime.bundle import create
 from edge_runtime.bundle.manifest import Variant
+from tests.backends import contract
 from tests.backends.contract import openvino
 from tests.daemon.world import NO_BLOB, filled, onnx_bundle, running, until
 
@@ -62,3 +65,36 @@ def test_its_threads_stay_on_the_cores_of_the_configuration():
         assert {frozenset(os.sched_getaffinity(int(one.name))) for one in tasks.iterdir()} == {
             frozenset({0})
         }
+
+
+def stateful_ir(folder: Path) -> Path:
+    """A sum of all inputs so far, x FP32 [1, 16] -> y, kept in the model."""
+    from onnx import helper
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    tensor = ("FLOAT", [1, 16])
+    nodes = [helper.make_node("Add", ["x", "before"], ["after"])]
+    nodes.append(helper.make_node("Identity", ["after"], ["y"]))
+    path = contract.write_onnx(
+        folder / "sum.onnx", nodes, {"x": tensor, "before": tensor}, {"y": tensor, "after": tensor}
+    )
+    model = openvino().Core().read_model(path)
+    apply_make_stateful_transformation(model, {"before": "after"})
+    openvino().save_model(model, folder / "sum.xml")
+    return folder / "sum.xml"
+
+
+@pytest.mark.parametrize(("choice", "want"), [("reset", [3, 3, 3]), ("keep", [3, 6, 9])])
+def test_a_model_with_a_state_forgets_it_or_keeps_it(
+    daemon, tmp_path: Path, choice: str, want: list[int]
+):
+    options = create.Options(choice, goldens=2, backend_options={"openvino": {"stateful": choice}})
+    out = tmp_path / "state.bundle"
+    create.create(
+        [stateful_ir(tmp_path)],
+        options,
+        out,
+        lambda variant, path: backend("openvino").load(path, variant.options).run,
+    )
+    daemon.install(out)
+    assert [daemon.infer(choice) for _ in range(3)] == want

@@ -1,0 +1,232 @@
+"""OpenVINO IR as one file, and what it holds: read before OpenVINO sees it.
+
+Law of this file: bytes in, facts out; it runs nothing and looks at no weight. IR is two files, a
+graph in XML and its weights; an artifact is one. So `bundle create` puts the two into one behind a
+header, and nothing else makes such a file: magic, sizes of both, graph, weights (which begin at a
+multiple of 64, as their offsets inside expect). `backends.openvino` knows the same header.
+
+The XML is read by expat with document types refused (entities that grow or reach out of the file)
+and bounds on size and depth. Source: OpenVINO's documentation, "IR format" (versions 10 and 11).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from xml.parsers import expat
+
+from edge_runtime.bundle.onnx_graph import Value
+from edge_runtime.bundle.source import Source
+from edge_runtime.errors import BundleError
+
+MAGIC = b"EDGE-IR1"
+_HEADER = struct.Struct("<8sQQ")  # magic, bytes of the graph, bytes of the weights
+_ALIGNMENT = 64
+XML_BYTES_MAX = 64 * 1024 * 1024  # some 100,000 layers
+DEPTH_MAX = 200  # of elements; a body inside a body inside a body takes ten each
+_OPSET = re.compile(r"opset\d{1,3}")
+_FLOATS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "fp64": "f64"}
+_STATE = frozenset({"ReadValue", "Assign"})
+
+# Precision of a port -> OIP datatype.
+_DATATYPES = {
+    "BOOL": "BOOL",
+    "BOOLEAN": "BOOL",
+    "U8": "UINT8",
+    "U16": "UINT16",
+    "U32": "UINT32",
+    "U64": "UINT64",
+    "I8": "INT8",
+    "I16": "INT16",
+    "I32": "INT32",
+    "I64": "INT64",
+    "FP16": "FP16",
+    "FP32": "FP32",
+    "FP64": "FP64",
+    "BF16": "BF16",
+}
+
+
+class IrGraph(NamedTuple):
+    """What the graph says of itself.
+
+    Attributes:
+        operators: (opset, type) -> how many, bodies included.
+        weights: element type ("f32") -> bytes.
+        output_scales: none: IR does not say in which steps an output is.
+    """
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    operators: Mapping[tuple[str, str], int]
+    weights: Mapping[str, int]
+    output_scales: Mapping[str, float] = {}
+
+    @property
+    def is_stateful(self) -> bool:
+        return any(name in _STATE for _, name in self.operators)
+
+
+def precision(graph: IrGraph) -> str:
+    """What it computes with: "int8" if it quantizes, else the type of most of its weights."""
+    if any(name == "FakeQuantize" for _, name in graph.operators):
+        return "int8"
+    sizes = {name: graph.weights.get(short, 0) for name, short in _FLOATS.items()}
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def pack(graph: bytes, weights: bytes) -> bytes:
+    """One file of the two."""
+    head = _HEADER.pack(MAGIC, len(graph), len(weights)) + graph
+    return head + bytes(-len(head) % _ALIGNMENT) + weights
+
+
+def read(source: Source) -> IrGraph:
+    """The graph of a packed file.
+
+    Raises:
+        BundleError: it is cut off, no IR, or refers to bytes that it does not have.
+        StorageError: it cannot be read.
+    """
+    magic, xml_bytes, weights_bytes = _HEADER.unpack(source.read_at(0, _HEADER.size))
+    start = _HEADER.size + xml_bytes
+    start += -start % _ALIGNMENT
+    if magic != MAGIC or xml_bytes > XML_BYTES_MAX or start + weights_bytes != source.size:
+        raise BundleError(
+            "is no packed OpenVINO IR, or cut off",
+            where=source.where,
+            expected=f"a graph of at most {XML_BYTES_MAX} bytes and its weights",
+            remedy="create the bundle from the .xml file, with the .bin file beside it",
+        )
+    reader = _Reader(source.where, weights_bytes)
+    return reader.read(source.read_at(_HEADER.size, xml_bytes))
+
+
+class _Port(NamedTuple):
+    precision: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+class _Reader:
+    """State of one pass over the XML. Only layers of the outermost graph have inputs' names."""
+
+    def __init__(self, where: str, weights_bytes: int) -> None:
+        self._where = where
+        self._weights_bytes = weights_bytes
+        self._path: list[str] = []
+        self._layer: dict[str, str] = {}  # attributes of the open outermost layer
+        self._port: dict[str, str] = {}
+        self._dims: list[int] = []
+        self._text = ""
+        self._ranks_unknown: set[str] = set()
+        self._layers: list[dict[str, str]] = []
+        self._outputs: dict[tuple[str, str], _Port] = {}  # (layer, port) -> what it gives
+        self._edges: dict[str, tuple[str, str]] = {}  # layer -> where its last input comes from
+        self._operators: Counter[tuple[str, str]] = Counter()
+        self._weights: Counter[str] = Counter()
+
+    def read(self, data: bytes) -> IrGraph:
+        parser = expat.ParserCreate()
+        parser.StartDoctypeDeclHandler = self._refuse_doctype
+        parser.StartElementHandler = self._begin
+        parser.EndElementHandler = self._end
+        parser.CharacterDataHandler = self._characters
+        try:
+            parser.Parse(data, True)
+            inputs, outputs = self._values("Parameter"), self._values("Result")
+        except (expat.ExpatError, ValueError, KeyError) as e:
+            raise self._error(f"is no OpenVINO IR: {type(e).__name__} {e}") from e
+        if not self._layers:
+            raise self._error("is no OpenVINO IR: it has no layers")
+        return IrGraph(inputs, outputs, dict(self._operators), dict(self._weights))
+
+    def _error(self, message: str) -> BundleError:
+        return BundleError(message[:500], where=self._where)
+
+    def _refuse_doctype(self, *_: Any) -> None:
+        raise self._error("declares a document type: refused")
+
+    @property
+    def _is_outermost(self) -> bool:
+        return self._path[:3] == ["net", "layers", "layer"] and "body" not in self._path
+
+    def _begin(self, name: str, attributes: dict[str, str]) -> None:
+        self._path.append(name)
+        if len(self._path) > DEPTH_MAX:
+            raise self._error(f"is nested deeper than {DEPTH_MAX}")
+        self._text = ""
+        if name == "layer":
+            self._operators[attributes["version"], attributes["type"]] += 1
+            if self._is_outermost:
+                self._layer = attributes
+                self._layers.append(attributes)
+        elif name == "data":
+            self._check_data(attributes)
+        elif name == "port" and self._is_outermost:
+            self._port, self._dims = attributes, []
+        elif name == "edge" and self._path == ["net", "edges", "edge"]:
+            self._edges[attributes["to-layer"]] = (
+                attributes["from-layer"],
+                attributes["from-port"],
+            )
+
+    def _check_data(self, attributes: Mapping[str, str]) -> None:
+        """Weights lie inside the weights."""
+        if "offset" in attributes and "size" in attributes:
+            offset, size = int(attributes["offset"]), int(attributes["size"])
+            if offset < 0 or size < 0 or offset + size > self._weights_bytes:
+                raise self._error(
+                    f"refers to {size} bytes at {offset} of {self._weights_bytes} of weights"
+                )
+            self._weights[attributes.get("element_type", "")] += size
+        if self._is_outermost and attributes.get("shape") == "...":
+            self._ranks_unknown.add(self._layer["id"])
+
+    def _characters(self, text: str) -> None:
+        self._text += text
+
+    def _end(self, name: str) -> None:
+        if self._is_outermost:
+            if name == "dim":
+                self._dims.append(int(self._text))
+            elif name == "port" and self._path[-2] == "output":
+                key = self._layer["id"], self._port["id"]
+                self._outputs[key] = _Port(
+                    self._port.get("precision", ""),
+                    tuple(_split_names(self._port.get("names", ""))),
+                    tuple(max(dim, -1) for dim in self._dims),
+                )
+        self._path.pop()
+
+    def _values(self, kind: str) -> tuple[Value, ...]:
+        found = []
+        for layer in self._layers:
+            if layer["type"] == kind:
+                own = layer["id"], "0"
+                key = own if kind == "Parameter" else self._edges.get(layer["id"], own)
+                found.append(self._value(layer, key))
+        return tuple(found)
+
+    def _value(self, layer: Mapping[str, str], key: tuple[str, str]) -> Value:
+        if key not in self._outputs:
+            raise self._error(f"layer {layer['name']!r} is connected to nothing")
+        port = self._outputs[key]
+        own = layer["name"].partition("/sink_port_")[0]
+        name = own if own in port.names or not port.names else min(port.names)
+        shape = None if key[0] in self._ranks_unknown else port.shape
+        symbols = ("",) * len(shape or ())
+        return Value(name, "tensor", _DATATYPES.get(port.precision, ""), shape, symbols)
+
+
+def _split_names(text: str) -> list[str]:
+    """Names are separated by commas; a comma in a name is escaped."""
+    return [name.replace("\\,", ",") for name in re.split(r"(?<!\\),", text) if name]
+
+
+def unknown_opsets(graph: IrGraph) -> list[str]:
+    """Operators that are not of OpenVINO's own sets, and so would need an extension."""
+    return sorted(name for opset, name in graph.operators if not _OPSET.fullmatch(opset))
