@@ -243,6 +243,33 @@ def test_the_profile_that_the_daemon_uses_is_the_one_that_is_examined(tmp_path: 
     assert found.verdict == "warn" and "no-such-board" in found.summary
 
 
+def test_a_version_outside_of_the_profiles_lock_is_named_with_what_to_install(
+    tmp_path: Path,
+) -> None:
+    from edge_runtime.cli.health import hardware
+
+    own = tmp_path / "etc/edge-runtime/profiles"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text(
+        "name: mine\ntitle: A board of mine\nbackends:\n"
+        "  - {backend: reference, versions: '<1.0'}\n"
+        "  - {backend: onnxruntime, versions: '<1.0'}\n"
+        "  - {backend: onnxruntime, versions: '>=1.20'}\n"
+        "sources: {backends: 'choice: a test'}\n"
+    )
+    world = World(tmp_path, Path("/state"), Path("/run"), profile="mine")
+    board = hardware.look(world)
+    assert hardware.broken_lock(board.detected, "onnxruntime", "1.32.0") == ""
+    assert hardware.broken_lock(board.detected, "onnxruntime", "1.19.2") == "<1.0"
+    assert hardware.broken_lock(board.detected, "onnxruntime", "1.19.2", "npu") == ""
+    assert hardware.broken_lock(board.detected, "openvino", "1.19.2") == ""
+    found = examination._diagnosed(
+        hardware.Attempt("reference", "reference"), probe("reference"), board
+    )
+    assert found.cause == "version_locked"
+    assert "asks for <1.0" in found.summary
+
+
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_node_that_this_user_may_not_open_names_the_group(tmp_path: Path) -> None:

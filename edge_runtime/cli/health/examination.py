@@ -20,7 +20,7 @@ from edge_runtime.cli.health import Check, Finding, Unknown, facts, hardware, re
 from edge_runtime.cli.health.facts import World
 from edge_runtime.cli.health.hardware import Attempt, Hardware
 
-GROUPS: tuple[str, ...] = (
+GROUPS = (
     "backends",
     "accelerators",
     "profile",
@@ -29,8 +29,9 @@ GROUPS: tuple[str, ...] = (
     "disk",
     "memory",
     "limits",
+    "kernel",
+    "software",
 )
-GROUPS += ("kernel", "software")
 LOOK_TIMEOUT_S = 5.0  # for what is no probe: the slowest part is a bad disk
 PROBES_AT_ONCE = 2  # each takes a core and, with OpenVINO, 100 MB
 
@@ -96,8 +97,9 @@ def examine(world: World, probe_timeout_s: float = probing.TIMEOUT_S) -> list[Ch
     Args:
         probe_timeout_s: for each probe of a backend.
     """
-    rooms = threading.Semaphore(min(PROBES_AT_ONCE, os.cpu_count() or 1))
-    tried = [Attempt(name, name, {}, "cpu") for name in names()] if world.live else []
+    at_once = min(PROBES_AT_ONCE, os.cpu_count() or 1)
+    rooms = threading.Semaphore(at_once)
+    tried = [Attempt(name, name) for name in names()] if world.live else []
     probes = [(one, Task(_probe(one, probe_timeout_s, rooms))) for one in tried]
     control = Task(lambda: reach.control_socket(world)).wait(LOOK_TIMEOUT_S)
     world = _beside(world, control)
@@ -110,7 +112,7 @@ def examine(world: World, probe_timeout_s: float = probing.TIMEOUT_S) -> list[Ch
     checks += [line for row in CONTROL for line in _lines(row, control)]
     checks += _board(board)
     # So many at a time: the last one has waited for all before it.
-    until_s = time.monotonic() + 1 + probe_timeout_s * (len(probes) + 1) / PROBES_AT_ONCE
+    until_s = time.monotonic() + 1 + probe_timeout_s * (len(probes) + 1) / at_once
     outcomes = [(one, task.wait(max(0.1, until_s - time.monotonic()))) for one, task in probes]
     checks += _backends(outcomes, board, world)
     return sorted(checks, key=lambda check: GROUPS.index(check.group))
@@ -178,7 +180,7 @@ def _backends(outcomes: list[tuple[Attempt, Any]], board: Any, world: World) -> 
             verdict = _diagnosed(one, outcome, board)
             found.append((one.probe, verdict))
             finding = verdicts.backend(verdict)
-        group = "backends" if one.device_class == "cpu" else "accelerators"
+        group = "accelerators" if one.accelerator else "backends"
         checks.append(Check(group, one.name, *finding))
     return [Check("backends", "any", *verdicts.any_backend(found)), *checks]
 
@@ -188,6 +190,6 @@ def _diagnosed(one: Attempt, outcome: diagnosis.Outcome, board: Any) -> Diagnosi
         return diagnosis.diagnose(outcome, diagnosis.Processor())
     version = outcome.answer.version if outcome.answer else ""
     backend = diagnosis.probe_of(one.probe).backend
-    lock = hardware.locks(board, backend, version)
+    lock = hardware.broken_lock(board.detected, backend, version, one.accelerator)
     wanted = diagnosis.Wanted(one.device_class, one.options, lock)
     return diagnosis.diagnose(outcome, hardware.processor(board.detected.machine), wanted)

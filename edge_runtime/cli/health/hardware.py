@@ -26,12 +26,13 @@ DROP_IN = "docs/install.md has the drop-in (PrivateDevices=no, DeviceAllow=...)"
 
 
 class Attempt(NamedTuple):
-    """A probe that the profile asks for."""
+    """A probe to run: of a library by itself, or of a backend on an accelerator."""
 
     name: str  # of the line: "openvino on npu"
     probe: str  # of backends.probe.PROBES
-    options: Mapping[str, Any]
-    device_class: str
+    options: Mapping[str, Any] = {}
+    device_class: str = "cpu"
+    accelerator: str = ""  # of the profile
 
 
 class Hardware(NamedTuple):
@@ -78,20 +79,25 @@ def attempts(hardware: Hardware) -> list[Attempt]:
             choice.backend,
             choice.options,
             choice.device_class,
+            choice.accelerator,
         )
         for choice in (profile.backends if profile else ())
         if choice.accelerator in hardware.detected.available and choice.options
     ]
 
 
-def locks(hardware: Hardware, backend: str, version: str) -> str:
-    """The profile's version lock that a backend does not keep; "": it keeps it, or has none."""
-    profile = hardware.detected.profile
-    if profile is None or not version:
-        return ""
-    mine = [one.versions for one in profile.backends if one.backend == backend]
+def broken_lock(detected: Detected, backend: str, version: str, accelerator: str = "") -> str:
+    """The profile's version lock that a backend does not keep; "": it keeps it, or has none.
+
+    Args:
+        accelerator: where it is to run; "": on the CPU.
+    """
+    choices = detected.profile.backends if detected.profile and version else ()
+    mine = [
+        one.versions for one in choices if one.backend == backend and one.accelerator == accelerator
+    ]
     broken = [lock for lock in mine if not satisfies(version, lock)]
-    # One choice that allows it is enough: the others are for other accelerators.
+    # Of several choices, one that allows it is enough.
     return broken[0] if broken and len(broken) == len(mine) else ""
 
 
@@ -175,9 +181,13 @@ def _strangers(
 
 
 def _user(world: World) -> User | None:
-    """The daemon's user, else the one who asks. None: it cannot be known."""
+    """The daemon's user, else the one who asks. None: not known, or root, who may do everything
+    and as whom no daemon should run.
+    """
     if world.daemon_pid:
         return user_of(world, world.daemon_pid)
+    if os.geteuid() == 0:
+        return None
     return User("this user", os.geteuid(), frozenset({os.getegid(), *os.getgroups()}))
 
 
