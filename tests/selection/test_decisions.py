@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,12 +11,12 @@ import msgspec
 import pytest
 
 from edge_runtime.clock import ManualClock
-from edge_runtime.errors import NotFoundError
+from edge_runtime.errors import NotFoundError, StorageError
 from edge_runtime.files import SystemFiles
-from edge_runtime.store import Store
+from edge_runtime.store import Store, records
 from edge_runtime.store.decisions import Decision, Left, Tried
 from tests.store import world
-from tests.store.world import NAME
+from tests.store.world import NAME, Fault, WatchedFiles
 
 TRIED = Tried("int8", "onnxruntime", "chosen", "2 times less", "1.32", True, 3, 0.2, 1.5, 0.01, 500)
 DECISION = Decision(
@@ -65,12 +67,10 @@ def test_a_damaged_one_is_no_decision(store: Store, at: int) -> None:
 
 
 def test_another_programs_and_another_generations_are_no_decision(store: Store) -> None:
-    for other in (DECISION, msgspec.structs.replace(DECISION, generation=7)):
-        store.keep_decision(DECISION)
-        from edge_runtime.store import records
-
-        kind = msgspec.defstruct("Other", [("future", int)])(1) if other is DECISION else other
-        record(store).write_bytes(records.encode(kind))
+    store.keep_decision(DECISION)
+    another = msgspec.structs.replace(DECISION, generation=7)
+    for other in (msgspec.defstruct("Newer", [("future", int)])(1), another):
+        record(store).write_bytes(records.encode(other))
         assert store.decision(NAME, 1) is None
 
 
@@ -90,3 +90,29 @@ def test_a_generation_with_a_decision_verifies_and_is_found_again_at_open(store:
     recovery = store.open()
     assert not any(getattr(recovery, field) for field in recovery.__struct_fields__)
     assert not store.verify(NAME, 1).damaged
+
+
+@pytest.mark.parametrize("mode", Fault.MODES)
+def test_whatever_step_fails_the_old_or_the_new_decision_is_read_and_the_store_is_whole(
+    tmp_path: Path, mode: str
+) -> None:
+    new = msgspec.structs.replace(DECISION, order=("fp32",), took_s=2.0)
+    for nth in itertools.count(1):
+        root = tmp_path / f"{mode}{nth}"
+        fault = Fault(nth, mode)
+        with world.opened(root) as store:
+            world.install(store, 1)
+            store.keep_decision(DECISION)
+        with world.opened(root, WatchedFiles(fault.around)) as store:
+            fault.armed = True
+            with contextlib.suppress(StorageError):
+                store.keep_decision(new)
+            fault.armed = False
+        with world.opened(root) as store:
+            assert store.decision(NAME, 1) in (DECISION, new)
+            assert not store.verify(NAME, 1).damaged
+            store.keep_decision(new)
+            assert store.decision(NAME, 1) == new
+        if not fault.fired:
+            break
+    assert nth > 1  # at least one step was spoiled
