@@ -89,6 +89,8 @@ class Selector:
         decision = await self.decision(generation.number)
         if decision is None:
             return "it was not decided yet"
+        if not decision.fingerprint:
+            return "the last choice was made in a hurry"
         if activating and decision.left:
             return f"{decision.left[-1].variant} had been left"
         return standing.changed(decision, self._fingerprint(generation, manifest))
@@ -219,7 +221,8 @@ class Selector:
             raise
         decision = msgspec.structs.replace(
             decision,
-            fingerprint=self._fingerprint(generation, manifest),
+            # One made in a hurry rests on nothing: the next occasion makes it again.
+            fingerprint={} if tryout.hurried else self._fingerprint(generation, manifest),
             decided_wall_s=self._parts.clock.wall_s(),
             took_s=round((self._parts.clock.monotonic_ns() - began_ns) / 1e9, 3),
         )

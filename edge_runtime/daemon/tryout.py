@@ -40,7 +40,11 @@ class Rounds(NamedTuple):
 
 
 class Tryout:
-    """One selection: the workers that it has made, and what was found out about each variant."""
+    """One selection: the workers that it has made, and what was found out about each variant.
+
+    Attributes:
+        hurried: it was cut short, because nothing served any more.
+    """
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class Tryout:
         self._no_room: NoMemoryError | None = None
         self._failure: EdgeError | None = None
         self._refused: set[str] = set()  # wrong, or failed
+        self.hurried = False
 
     def kill_all(self) -> None:
         """Nothing of this selection stays."""
@@ -90,7 +95,8 @@ class Tryout:
         if not rounds.measured:
             raise self._unfit()
         decision = self._verdict(rounds, variants)
-        return await self._winner(decision, asked), self._described(decision)
+        worker = await self._winner(decision, asked)
+        return worker, self._described(decision, variants)
 
     async def _first(
         self, variants: Sequence[Variant], asked: bool
@@ -101,7 +107,7 @@ class Tryout:
                 self._rule(variant.name, "chosen", "the first in order that keeps its goldens")
                 order = tuple(one.name for one in variants[place:])
                 decision = self._decision(order, Rounds([], True, 0, "not measured"), "", 0.0)
-                return self._workers[variant.name], self._described(decision)
+                return self._workers[variant.name], self._described(decision, variants)
         raise self._unfit()
 
     # -- loading -----------------------------------------------------------------------------------
@@ -111,9 +117,13 @@ class Tryout:
         for variant in variants:
             # For the first one others may have to go; the choice among more is not worth that.
             await self._load(variant, asked and not self._workers)
-            if self._workers and self._hurry():
+            if self._workers and self._hurried():
                 break
         return self._no_room is not None
+
+    def _hurried(self) -> bool:
+        self.hurried = self.hurried or self._hurry()
+        return self.hurried
 
     async def _load(self, variant: Variant, asked: bool) -> bool:
         """Load one, note how that went; whether it is ready."""
@@ -173,19 +183,19 @@ class Tryout:
             give_up_ns = self._give_up_ns()
             series: dict[str, Series] = {name: Series() for name in self._workers}
             rounds = 0
-            while rounds <= selection.ROUNDS and not self._hurry():
+            while rounds <= selection.ROUNDS and not self._hurried():
                 if rounds > 1 and not self._fits(give_up_ns):
                     break
-                await self._round(series, rounds, give_up_ns)
+                await self._round(series, rounds)
                 rounds += 1
         note = "" if rounds > selection.ROUNDS else f"stopped after {rounds} rounds"
         measured = [self._measured(name, one) for name, one in series.items() if self._lives(name)]
         return Rounds(measured, True, max(rounds - 1, 0), note)
 
-    async def _round(self, series: dict[str, Series], number: int, give_up_ns: int) -> None:
+    async def _round(self, series: dict[str, Series], number: int) -> None:
         names = [name for name in series if self._lives(name)]
         for place in selection.turns(len(names), number) if names else ():
-            await self._slice(names[place], series[names[place]], give_up_ns)
+            await self._slice(names[place], series[names[place]])
 
     async def _apart(self, variants: Sequence[Variant], asked: bool) -> Rounds:
         """One after the other: each is loaded, measured and ended before the next."""
@@ -199,9 +209,9 @@ class Tryout:
                 give_up_ns = self._parts.clock.monotonic_ns() + round(per_variant_s * 1e9)
                 for number in range(selection.ROUNDS + 1):
                     late = self._parts.clock.monotonic_ns() > give_up_ns
-                    if not self._lives(name) or (late and number > 1) or self._hurry():
+                    if not self._lives(name) or (late and number > 1) or self._hurried():
                         break
-                    await self._slice(name, one, give_up_ns)
+                    await self._slice(name, one)
             if self._lives(name):
                 measured.append(self._measured(name, one))
             await self._stop([name])
@@ -224,7 +234,7 @@ class Tryout:
         report = self._workers[name].report
         return report.run_ms_p50 * 1e6 if report is not None else 0.0
 
-    async def _slice(self, name: str, series: Series, give_up_ns: int) -> None:
+    async def _slice(self, name: str, series: Series) -> None:
         """One variant's part of a round; one that fails is refused and ended."""
         worker, run_ns = self._workers[name], self._run_ns(name)
         runs = selection.runs_of_slice(run_ns)
@@ -300,8 +310,17 @@ class Tryout:
             note=rounds.note,
         )
 
-    def _described(self, decision: Decision) -> Decision:
-        return msgspec.structs.replace(decision, tried=tuple(self._tried.values()))
+    def _described(self, decision: Decision, variants: Sequence[Variant]) -> Decision:
+        """With what came of each. Those for which there was no time stand by behind the others."""
+        late = [one.name for one in variants if not self._tried[one.name].loaded]
+        order = [name for name in dict.fromkeys((*decision.order, *late)) if self._is_fit(name)]
+        if self._tried[order[0]].verdict != "chosen":  # what was has died meanwhile
+            self._rule(order[0], "chosen", "the next best")
+        tried = tuple(self._tried.values())
+        return msgspec.structs.replace(decision, order=tuple(order), tried=tried)
+
+    def _is_fit(self, name: str) -> bool:
+        return self._tried[name].verdict in ("chosen", "fit", "slower")
 
     async def _winner(self, decision: Decision, asked: bool) -> WorkerProcess:
         """The first of the order that is ready; the others are ended."""

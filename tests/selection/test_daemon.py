@@ -148,6 +148,9 @@ def test_when_what_serves_dies_meanwhile_measuring_stops_and_the_newcomer_takes_
     (event,) = daemon.events("variant_selected", model="hurry")
     assert event["fields"]["took_s"] < 3.6 and answered_s < event["fields"]["took_s"] + 3
     assert "stopped after" in decision(daemon, "hurry")["note"]
+    daemon.control("activate", name="hurry", version=2)
+    again = daemon.events("variant_selected", model="hurry")[-1]
+    assert "in a hurry" in again["message"] and not decision(daemon, "hurry")["note"]
 
 
 def test_a_variant_that_is_configured_is_served_unmeasured_and_off_measures_nothing(
