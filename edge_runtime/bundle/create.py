@@ -233,6 +233,9 @@ def _open_model(choice: Choice, options: Options, say: Say) -> _Model:
             or "one of " + ", ".join(lint.BACKEND_FORMATS),
         )
     chosen = dict(options.backend_options.get(backend, {}))
+    compiled = lint.compiled_for(artifact.graph) if backend == "litert" else None
+    if compiled is not None:
+        chosen.setdefault("delegate", {"library": compiled.delegate})
     inputs, outputs = lint.signature_of(artifact, backend, chosen)
     assert inputs is not None and outputs is not None, artifact.format
     blob = Blob(content.sha256(), content.size, path.name)
@@ -365,7 +368,7 @@ def _variants(models: list[_Model]) -> tuple[Variant, ...]:
             name = _as_name(model.path.stem)
         names.append(_unused(name, names))
     return tuple(
-        Variant(name, model.backend, model.blob, precision, options=model.options)
+        Variant(name, model.backend, model.blob, precision, _device_class(model), model.options)
         for name, model, precision in zip(names, models, precisions, strict=True)
     )
 
@@ -381,6 +384,12 @@ def _as_given(models: list[_Model], given: Sequence[Given]) -> tuple[Variant, ..
         )
         for one, model in zip(given, models, strict=True)
     )
+
+
+def _device_class(model: _Model) -> str:
+    """Of the accelerator that a file was compiled for; else "cpu"."""
+    compiled = lint.compiled_for(model.graph)
+    return compiled.device_class if compiled is not None else "cpu"
 
 
 def _as_name(text: str) -> str:

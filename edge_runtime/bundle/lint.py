@@ -75,12 +75,21 @@ FORBIDDEN_OPERATORS: dict[tuple[str, str], str] = {
 
 # Custom operators of TFLite that LiteRT and tflite-runtime bring.
 TFLITE_CUSTOM_OPERATORS = ("AudioSpectrogram", "Mfcc", "TFLite_Detection_PostProcess")
-# Custom operators that an accelerator's compiler leaves -> whose they are, and the delegate that
-# has them.
-DELEGATE_OPERATORS: dict[str, tuple[str, str]] = {
-    "ethos-u": ("Arm Ethos-U (compiled with vela)", "libethosu_delegate.so"),
-    "edgetpu-custom-op": ("Coral EdgeTPU", "libedgetpu.so.1"),
-    "vsi-npu": ("VeriSilicon NPU", "libvx_delegate.so"),
+
+
+class Compiled(NamedTuple):
+    """Whose compiler leaves an operator, and the delegate that has it."""
+
+    title: str
+    device_class: str  # as device profiles call it
+    delegate: str
+
+
+# Custom operators that accelerators' compilers leave in TFLite files.
+DELEGATE_OPERATORS: dict[str, Compiled] = {
+    "ethos-u": Compiled("Arm Ethos-U (compiled with vela)", "npu", "libethosu_delegate.so"),
+    "edgetpu-custom-op": Compiled("Coral EdgeTPU", "edgetpu", "libedgetpu.so.1"),
+    "vsi-npu": Compiled("VeriSilicon NPU", "npu", "libvx_delegate.so"),
 }
 
 # What a backend may be given. A backend that is not here gets nothing.
@@ -162,7 +171,10 @@ def lint_variant(
     findings += _backend_findings(variant, artifact, here)
     findings += _option_findings(variant.options, f"{here}.options")
     if isinstance(artifact.graph, TfliteGraph):
-        findings += _tflite_findings(variant, artifact.graph, here)
+        domains = variant.custom_domains
+        findings += _tflite_findings(
+            artifact.graph, variant.backend, variant.options, domains, f"{here}.artifact"
+        )
     inputs, outputs = signature_of(artifact, variant.backend, variant.options)
     if inputs is not None:
         findings += _signature_findings("inputs", manifest.inputs, inputs, here)
@@ -184,6 +196,27 @@ def signature_of(
         return artifact.inputs, artifact.outputs
     names = options.get("names", "signature") if backend == "litert" else "tensor"
     return tflite_graph.values(graph.inputs, names), tflite_graph.values(graph.outputs, names)
+
+
+def lint_file(source: Source, filename: str) -> list[Finding]:
+    """All remarks on a model file as a variant of its usual backend, without options.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    artifact = lint_artifact(source, filename)
+    if not isinstance(artifact.graph, TfliteGraph):
+        return list(artifact.findings)
+    found = _tflite_findings(artifact.graph, "litert", {}, (), source.where)
+    return [*artifact.findings, *found]
+
+
+def compiled_for(graph: OnnxGraph | TfliteGraph | IrGraph | None) -> Compiled | None:
+    """The accelerator that a TFLite file was compiled for; None: for none that we know."""
+    if not isinstance(graph, TfliteGraph):
+        return None
+    names = (name for name in DELEGATE_OPERATORS if name in graph.custom_operators)
+    return next((DELEGATE_OPERATORS[name] for name in names), None)
 
 
 def lint_artifact(
@@ -301,18 +334,24 @@ def _option_findings(value: Any, where: str) -> Iterator[Finding]:
             yield from _option_findings(item, f"{where}[{index}]")
 
 
-def _tflite_findings(variant: Variant, graph: TfliteGraph, where: str) -> Iterator[Finding]:
+def _tflite_findings(
+    graph: TfliteGraph,
+    backend: str,
+    options: Mapping[str, Any],
+    custom_domains: tuple[str, ...],
+    where: str,
+) -> Iterator[Finding]:
     """Custom operators without the delegate that has them, and a state that nobody asked for."""
-    known = (*TFLITE_CUSTOM_OPERATORS, *variant.custom_domains)
-    has_delegate = variant.backend == "litert" and variant.options.get("delegate") is not None
+    known = (*TFLITE_CUSTOM_OPERATORS, *custom_domains)
+    has_delegate = backend == "litert" and options.get("delegate") is not None
     for name in sorted(graph.custom_operators):
         if name in known or has_delegate:
             continue
-        yield Finding("error", f"{where}.artifact", *_custom_operator(name[:200]))
-    if graph.is_stateful and "stateful" not in variant.options:
+        yield Finding("error", where, *_custom_operator(name[:200]))
+    if graph.is_stateful and "stateful" not in options:
         yield Finding(
             "note",
-            f"{where}.artifact",
+            where,
             "has variables; every request starts from the state in the file",
             "set the option stateful to keep (or reset) to say which is meant",
         )
@@ -321,10 +360,10 @@ def _tflite_findings(variant: Variant, graph: TfliteGraph, where: str) -> Iterat
 def _custom_operator(name: str) -> tuple[str, str]:
     """What is wrong with a custom operator, and what to do."""
     if name in DELEGATE_OPERATORS:
-        whose, delegate = DELEGATE_OPERATORS[name]
+        of = DELEGATE_OPERATORS[name]
         return (
-            f"uses the operator {name}: it is compiled for {whose} and runs with its delegate only",
-            f"set options.delegate: {{library: {delegate}}} on the backend litert",
+            f"uses the operator {name}: compiled for {of.title}, it runs with its delegate only",
+            f"set options.delegate: {{library: {of.delegate}}} on the backend litert",
         )
     if name.startswith("Flex"):
         return f"uses the TensorFlow operator {name}", "convert the model without SELECT_TF_OPS"

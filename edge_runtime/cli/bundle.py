@@ -342,7 +342,7 @@ def _findings(path: Path) -> list[Finding]:
         with archive.open_bundle(path) as bundle:
             bundle.verify()
             return lint.lint(bundle.manifest, bundle.blob)
-    return list(lint.lint_artifact(source.from_path(path.resolve()), path.name).findings)
+    return lint.lint_file(source.from_path(path.resolve()), path.name)
 
 
 def _extract(arguments: argparse.Namespace) -> int:

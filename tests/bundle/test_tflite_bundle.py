@@ -183,6 +183,21 @@ def _renamed(names: tuple[str, str]) -> Any:
     )
 
 
+def test_a_file_that_was_compiled_for_an_accelerator_gets_its_class_and_delegate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """As at a builder's desk, where the accelerator is not: no goldens."""
+    path = Path(__file__).parent / "data" / "ethos_u_vela.tflite"
+    made_bundle = create.create([path], create.Options(name="npu"), tmp_path / "npu.bundle")
+    (variant,) = made_bundle.manifest.variants
+    assert (variant.device_class, variant.precision) == ("npu", "int8")
+    assert variant.options == {"delegate": {"library": "libethosu_delegate.so"}}
+    assert cli.main(["bundle", "lint", str(tmp_path / "npu.bundle")]) == 0
+    capsys.readouterr()
+    assert cli.main(["bundle", "lint", str(path)]) == 4
+    assert "libethosu_delegate.so" in capsys.readouterr().out
+
+
 def test_quantized_inputs_say_their_scale_in_the_provenance(tmp_path: Path):
     path = written(tmp_path / "m.tflite", writer.compiled("Mfcc"))  # a name that lint knows
     made_bundle = create.create([path], create.Options(name="q"), tmp_path / "q.bundle")
