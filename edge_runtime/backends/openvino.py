@@ -86,16 +86,15 @@ class OpenVino:
         self._core = core
 
     def load(self, artifact: Path, options: Mapping[str, Any]) -> OpenVinoModel:
-        """One .onnx or .tflite file, compiled. Raises: UsageError, BackendError."""
+        """One .onnx, .tflite or packed IR file, compiled. Raises: UsageError, BackendError."""
         chosen = typed.decode(Options, options)
         openvino_devices.check_device(chosen.device)
         core = library().Core()
         model = _read(artifact)
         _fix_shapes(model, chosen.shapes)
         openvino_devices.check_given(core, chosen, options)
-        loaded = OpenVinoModel(
-            model, *openvino_devices.compiled_for(core, model, chosen, self.cache), chosen
-        )
+        compiled, places = openvino_devices.compiled_for(core, model, chosen, self.cache)
+        loaded = OpenVinoModel(model, compiled, places, chosen)
         heap.give_back()
         return loaded
 
@@ -111,11 +110,7 @@ class OpenVinoModel:
     facts: Mapping[str, Any] = {}
 
     def __init__(
-        self,
-        model: Any,
-        compiled: Any,
-        placement: tuple[Placement, ...],
-        options: Options,
+        self, model: Any, compiled: Any, placement: tuple[Placement, ...], options: Options
     ) -> None:
         self.inputs = tuple(_spec("input", port) for port in compiled.inputs)
         self.outputs = tuple(_spec("output", port) for port in compiled.outputs)

@@ -91,6 +91,7 @@ _REFUSAL_SIZE_MAX = 200  # of one in a placement, which `models` prints
 
 
 def check_device(device: str) -> None:
+    """Whether a device string is one. Raises: UsageError."""
     if not _DEVICE.fullmatch(device):
         raise UsageError(
             f"{device!r} is no device",
@@ -100,8 +101,14 @@ def check_device(device: str) -> None:
 
 
 def check_given(core: Any, chosen: Options, given: Mapping[str, Any]) -> None:
-    """No option that was given is without effect. Raises: UsageError."""
+    """No option that was given is without effect. Raises: UsageError.
+
+    A device that is not there is not judged: that it is missing is what will be told.
+    """
+    there = {name.partition(".")[0] for name in core.available_devices}
     devices = _devices(core, chosen.device)
+    if any(device.partition(".")[0] not in there for device in devices):
+        return
     for option, name in _PROPERTIES.items():
         if option in given and not any(name in _supported(core, one) for one in devices):
             raise UsageError(
@@ -173,7 +180,10 @@ def _compile_once(
         except foreign():
             pass  # the driver has the last word; the new blob takes the place of this one
     compiled = core.compile_model(model, device, told)
-    cache.put(key, compiled.export_model().getvalue())
+    try:
+        cache.put(key, compiled.export_model().getvalue())
+    except foreign():
+        pass  # it runs, and that is what it was compiled for
     return compiled
 
 
@@ -238,7 +248,8 @@ def _precision(device: str, precision: str) -> dict[str, str]:
 
 def _placement(compiled: Any, device: str, refusals: Sequence[str]) -> Placement:
     """The device that executes, by its own word, and what was tried before it."""
-    executes = ",".join(_property(compiled, "EXECUTION_DEVICES") or [device])
+    told = _property(compiled, "EXECUTION_DEVICES") or device
+    executes = told if isinstance(told, str) else ",".join(told)
     precision = _property(compiled, "INFERENCE_PRECISION_HINT")
     detail = f"{executes}, {precision.get_type_name()}" if precision else executes
     if refusals:

@@ -243,11 +243,6 @@ class TestOptions:
         assert (told("NUM_STREAMS"), told("INFERENCE_NUM_THREADS")) == (1, 1)
         assert not told("ENABLE_CPU_PINNING") and not model.concurrent
 
-    def test_an_option_that_no_device_has_is_an_error(self, tmp_path: Path):
-        with pytest.raises(UsageError) as caught:
-            load(identity(tmp_path), device="NPU", threads=2)
-        assert caught.value.where == "options.threads"
-
     def test_a_shape_is_fixed_by_the_inputs_name(self, tmp_path: Path):
         model = load(identity(tmp_path), shapes={"x": [3, 2]})
         assert model.inputs[0].shape == model.outputs[0].shape == (3, 2)
