@@ -28,13 +28,13 @@ def of(pid: int, proc: Path = PROC) -> Memory:
     return Memory(fields.get("Rss", 0), fields.get("Pss", 0), private)
 
 
-def limit_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """The memory that this process and its children may have: the machine's, or the least that a
-    cgroup above it allows. 0: not known.
+def limit_bytes(proc: Path = PROC, cgroups: Path = CGROUPS, pid: int = 0) -> int:
+    """The memory that a process (0: this one) and its children may have: the machine's, or the
+    least that a cgroup above it allows. 0: not known.
     """
     total = _fields(proc / "meminfo", skip=0).get("MemTotal", 0)
     limits = [total] if total else []
-    for line in _lines(proc / "self" / "cgroup"):
+    for line in _lines(proc / str(pid or "self") / "cgroup"):
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         for mount, knob in _knobs(controllers):
             # In a container the path may be the host's: then only the nearest one to the root is.

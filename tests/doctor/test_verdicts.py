@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from edge_runtime.cli.health.reach import Daemon, Owner, Socket
 GIB, MIB = 1 << 30, 1 << 20
 NOW_S = 1_795_000_000.0  # November 2026
 DISK = Space("/var/lib", "ext4", 16 * GIB, 8 * GIB, 10_000, False)
-MEMORY = Memory(4 * GIB, 2 * GIB, 4 * GIB, True, 0)
+MEMORY = Memory(False, 4 * GIB, 2 * GIB, 4 * GIB, True, 0)
 KERNEL = Kernel("6.6.1", "aarch64", 4, True, True, True)
 LIMITS = Limits(True, 8192, 8192, 8 * MIB, 1000)
 PYTHON = Software("3.11.2", 64, "aarch64", "glibc 2.36", ())
@@ -183,6 +185,22 @@ def test_the_limits_of_a_process_are_read_from_its_table() -> None:
         -1,
     )
     assert facts._limit("", "Max processes") == (-1, -1)
+
+
+def test_packages_that_are_in_each_others_way_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").touch()
+    installed = ["onnxruntime-1.32.0", "onnxruntime_openvino-1.30.0", "half-1.0", "half-2.0"]
+    for name in installed:
+        directory = tmp_path / f"{name}.dist-info"
+        directory.mkdir()
+        project, _, version = name.partition("-")
+        (directory / "METADATA").write_text(f"Name: {project}\nVersion: {version}\n")
+        (directory / "RECORD").write_text("onnxruntime/__init__.py,,\n" if "onnx" in name else "")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert sorted(facts._doubles()) == ["half 1.0 and 2.0", "onnxruntime and onnxruntime-openvino"]
 
 
 def test_a_name_without_a_user_is_its_number() -> None:

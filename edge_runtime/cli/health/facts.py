@@ -254,9 +254,10 @@ def _sealed_memory() -> bool:
 class Memory(NamedTuple):
     """Memory in bytes."""
 
+    of_daemon: bool  # whose limit it is; else that of this session
     total_bytes: int
     available_bytes: int
-    limit_bytes: int  # the least that a cgroup above us allows, or total; 0: not known
+    limit_bytes: int  # the least that a cgroup above it allows, or total; 0: not known
     controller: bool  # the kernel counts memory per cgroup
     oom_kills: int
 
@@ -283,9 +284,10 @@ def memory_of(world: World) -> Memory | Unknown:
     controllers = _text(cgroups / "cgroup.controllers")
     counted = "memory" in controllers.split() if isinstance(controllers, str) else False
     return Memory(
+        bool(world.daemon_pid),
         total,
         available,
-        memory.limit_bytes(proc, cgroups),
+        memory.limit_bytes(proc, cgroups, world.daemon_pid),
         counted or (cgroups / "memory").is_dir(),
         memory.oom_kills(proc),
     )

@@ -251,10 +251,11 @@ def cgroup(fact: Memory) -> Finding:
             "the kernel does not count memory per group: MemoryMax and container limits do nothing",
             "Raspberry Pi: add `cgroup_enable=memory` to /boot/firmware/cmdline.txt and restart",
         )
+    whose = "the daemon" if fact.of_daemon else "this session"
     if 0 < fact.limit_bytes < fact.total_bytes:
         limit, total = output.size(fact.limit_bytes), output.size(fact.total_bytes)
-        return Finding("pass", f"this session's group allows {limit} of {total}")
-    return Finding("pass", "no group above this session limits memory")
+        return Finding("pass", f"the group of {whose} allows {limit} of {total}")
+    return Finding("pass", f"no group above {whose} limits memory")
 
 
 def oom_kills(fact: Memory) -> Finding:
