@@ -41,6 +41,7 @@ PASSES: dict[str, str] = {
     "clean": "quantize.passes.graph:Clean",
     "prune_channels": "quantize.passes.pruning:PruneChannels",
     "prune_weights": "quantize.passes.pruning:PruneWeights",
+    "fine_tune": "quantize.passes.training:FineTune",
     "static_int8": "quantize.passes.integer:StaticInt8",
     "dynamic_int8": "quantize.passes.integer:DynamicInt8",
     "weight_only": "quantize.passes.weights:WeightOnly",

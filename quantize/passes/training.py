@@ -1,0 +1,42 @@
+"""Training again after pruning, by the user's own function.
+
+Law of this file: options; the work is in `torch_door`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import msgspec
+
+from edge_runtime.errors import UsageError
+from quantize import recipe, torch_door
+from quantize.passes import FLOAT, ONNX, Bench
+
+
+class FineTune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The model is trained by `module:function`, which gets (torch module, seed).
+
+    Attributes:
+        train: the function. round: part of the name of the result: another number trains anew where
+            the function changed and its name did not.
+    """
+
+    train: str
+    round: int = 0
+
+    requires: ClassVar[frozenset[str]] = frozenset({ONNX, FLOAT})
+    ensures: ClassVar[frozenset[str]] = frozenset()
+    removes: ClassVar[frozenset[str]] = frozenset()
+
+    def apply(self, source: Path, out: Path, bench: Bench) -> None:
+        """See passes.Pass.apply."""
+        if not recipe.is_callable(self.train):
+            raise UsageError(
+                f"{self.train!r} names no function", where="train", expected="module:function"
+            )
+        torch_door.fine_tune(source, out, self.train, bench.seed)
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch_door.version()}
