@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-CALIBRATION_IMAGES = 1024  # the first of the training images, as in quantize.py
+CALIBRATION_IMAGES = 1024  # the first of the training images, as in to_int8.py
 
 
 class Named(nn.Module):

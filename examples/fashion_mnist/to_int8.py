@@ -1,4 +1,4 @@
-"""fp32.onnx -> int8.onnx, static: `python quantize.py`.
+"""fp32.onnx -> int8.onnx, static: `python to_int8.py`.
 
 Needs onnx and onnxruntime. Activations are unsigned, weights signed and per output channel: signed
 activations are slower than fp32 on x86. Weights use 7 of their 8 bits (`reduce_range`), because on
