@@ -7,6 +7,7 @@ business of this process.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 from edge_runtime.errors import RequestError
 from edge_runtime.serving import ring, routing, trial
@@ -14,8 +15,10 @@ from edge_runtime.serving.plan import Output, Plan, Slot
 from edge_runtime.wire import messages
 from edge_runtime.wire.frames import PREFIX, PREFIX_SIZE
 
-# Distinct request headers whose description for the candidate is remembered.
+# Distinct headers, of requests and of answers, of which is remembered what they say.
 HEADERS_MAX = 64
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 _COUNTED = {
     ring.Offer.TAKEN: trial.SHOWN,
     ring.Offer.FULL: trial.DROPPED_FULL,
@@ -32,7 +35,8 @@ class Mirror:
         self._seed = seed
         self._limit = routing.limit_of(share)
         self._seen = 0
-        self._headers: dict[int, bytes] = {}
+        self._shapes: dict[int, _Shape] = {}
+        self._responses: dict[bytes, messages.InferResponse] = {}
 
     def share(self, share: float) -> None:
         """Another share."""
@@ -50,7 +54,8 @@ class Mirror:
         self._seen += 1
         if self._limit < routing.EVERYBODY and (routing.mix(self._seen, self._seed) >= self._limit):
             return
-        header = self._header(plan)
+        shape = self._shape(plan)
+        header = shape.header
         if not header:
             words[trial.SKIPPED] += 1
             return
@@ -58,20 +63,60 @@ class Mirror:
         if plan.cacheable:  # everything is in the two frames
             parts: tuple[ring.Buffer, ...] = (header, slot.body, response[PREFIX_SIZE:])
             sizes = (len(header), plan.body_size, body_at - PREFIX_SIZE, len(response) - body_at)
+        elif not self._writer.has_room(shape.bytes_min):  # before the parts are looked for
+            words[trial.DROPPED_FULL] += 1
+            return
         else:
-            inputs, outputs = input_bytes(plan, slot), _outputs(plan, response, body_at)
+            inputs, outputs = input_bytes(plan, slot), self._outputs(shape, plan, response, body_at)
             parts = (header, *inputs, response[PREFIX_SIZE:body_at], *outputs)
             sizes = (len(header), _size(inputs), body_at - PREFIX_SIZE, _size(outputs))
         words[_COUNTED[self._writer.offer(run_ns, sizes, parts)]] += 1
 
-    def _header(self, plan: Plan) -> bytes:
-        """The request as the candidate is to understand it; empty: it cannot be shown."""
-        header = self._headers.get(plan.serial)
-        if header is None:
-            if len(self._headers) >= HEADERS_MAX:
-                self._headers.pop(next(iter(self._headers)))
-            header = self._headers[plan.serial] = _describe(plan)
-        return header
+    def _shape(self, plan: Plan) -> _Shape:
+        shape = self._shapes.get(plan.serial)
+        if shape is None:
+            shape = _remembered(self._shapes, plan.serial, _shape_of(plan))
+        return shape
+
+    def _outputs(
+        self, shape: _Shape, plan: Plan, response: memoryview, body_at: int
+    ) -> list[memoryview]:
+        """An answer's tensors in their order, wherever they are."""
+        if not shape.outside:
+            return [response[body_at:]]
+        header = bytes(response[PREFIX_SIZE:body_at])
+        described = self._responses.get(header)
+        if described is None:
+            read = messages.decode_infer_response(header)
+            described = _remembered(self._responses, header, read)
+        return _outputs(plan, response, body_at, described)
+
+
+class _Shape(NamedTuple):
+    """What is the same for every request of a plan.
+
+    Attributes:
+        header: the request as the candidate is to understand it; empty: it cannot be shown.
+        bytes_min: of a record, at least.
+        outside: an output is in the client's memory.
+    """
+
+    header: bytes
+    bytes_min: int
+    outside: bool
+
+
+def _shape_of(plan: Plan) -> _Shape:
+    header = _describe(plan)
+    bytes_min = len(header) + sum(given.byte_size for given in plan.inputs)
+    return _Shape(header, bytes_min, any(output.region is not None for output in plan.outputs))
+
+
+def _remembered(known: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
+    if len(known) >= HEADERS_MAX:
+        known.pop(next(iter(known)))
+    known[key] = value
+    return value
 
 
 def _describe(plan: Plan) -> bytes:
@@ -122,10 +167,11 @@ def _size(parts: Sequence[memoryview]) -> int:
     return sum(len(part) for part in parts)
 
 
-def _outputs(plan: Plan, response: memoryview, body_at: int) -> list[memoryview]:
-    described = messages.decode_infer_response(response[PREFIX_SIZE:body_at]).outputs
+def _outputs(
+    plan: Plan, response: memoryview, body_at: int, described: messages.InferResponse
+) -> list[memoryview]:
     parts = []
-    for output, one in zip(plan.outputs, described, strict=True):
+    for output, one in zip(plan.outputs, described.outputs, strict=True):
         if output.region is None:
             size = one.parameters.binary_data_size or 0
             parts.append(response[body_at : body_at + size])

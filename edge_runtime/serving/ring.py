@@ -64,6 +64,14 @@ class Writer:
         self._tail = 0
         self._bell = bell
 
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether a record with so many bytes in its sections might be taken now; cheaper to ask
+        than to put one together in vain.
+        """
+        used = self._tail - self._head[0]
+        free = self._capacity - _RECORD.size - size_bytes
+        return 0 <= used <= free or free < self._capacity // 2  # `offer` says "too large"
+
     def offer(self, number: int, sizes: Sequence[int], parts: Sequence[Buffer]) -> Offer:
         """Append a record whose sections have these sizes; the parts fill them in order."""
         size = _RECORD.size + sum(sizes)

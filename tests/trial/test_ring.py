@@ -52,6 +52,20 @@ records = st.tuples(
 )
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, SIZE), max_size=30))
+def test_without_room_an_offer_would_find_it_full(sizes):
+    """And what is too large is never called "full"."""
+    pair = Pair()
+    try:
+        for size in sizes:
+            had_room = pair.writer.has_room(size)
+            offer = pair.writer.offer(1, *whole(bytes(size)))
+            assert had_room or offer is Offer.FULL
+    finally:
+        os.close(pair.bell)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(records, st.none()), max_size=60))
 def test_it_is_a_bounded_queue(steps):
