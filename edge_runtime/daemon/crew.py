@@ -25,6 +25,9 @@ STOP_GRACE_S = 5.0
 DRAIN_S_MAX = 10.0
 # Words of a worker's page that change when somebody wants an answer of the model.
 SIGNS_OF_USE = (page.REQUESTS, page.ERRORS, page.REFUSED, page.EXPIRED, page.WAITING)
+# The kernel walks all of a process's pages for its private memory: 1 ms of the daemon's loop for
+# each worker, twice in every load. Those that are loaded change slowly.
+MEASURED_NS = 100_000_000
 
 T = TypeVar("T")
 
@@ -48,6 +51,7 @@ class Crew:
         self._needs_bytes: dict[tuple[int, str], int] = {}  # measured: (generation, variant)
         self._living: set[WorkerProcess] = set()  # loading and leaving ones too
         self._leaving: set[WorkerProcess] = set()  # of these: on their way out
+        self._measured: dict[WorkerProcess, tuple[int, int]] = {}  # good until (ns), private bytes
         self._departures: set[asyncio.Task[int]] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loaded_ns = 0
@@ -105,6 +109,7 @@ class Crew:
         def forget(_: object) -> None:
             self._living.discard(worker)
             self._leaving.discard(worker)
+            self._measured.pop(worker, None)
 
         worker.ended.add_done_callback(forget)
         return worker
@@ -117,7 +122,7 @@ class Crew:
 
     def note_loaded(self, worker: WorkerProcess) -> int:
         """A worker is loaded, which is a use of the model; the private bytes that it takes."""
-        taken_bytes = memory.of(worker.pid).private_bytes
+        taken_bytes = self._taken_bytes(worker)
         self._needs_bytes[worker.spec.generation, worker.spec.variant] = taken_bytes
         self.last_used_ns = self._loaded_ns = self._parts.clock.monotonic_ns()
         return taken_bytes
@@ -144,7 +149,7 @@ class Crew:
         warm = worker is self.warm or worker is self.candidate  # nobody's answers depend on it
         held = warm or worker is self.worker
         settled = warm or residency.is_settled(self._loaded_ns, self._parts.clock.monotonic_ns())
-        taken_bytes = memory.of(worker.pid).private_bytes if worker.pid else 0
+        taken_bytes = self._taken_bytes(worker)
         return Resident(
             self._parts.name,
             warm,
@@ -153,6 +158,17 @@ class Crew:
             movable=held and settled and worker.serving and (not busy or (own and warm)),
             leaving=worker in self._leaving,
         )
+
+    def _taken_bytes(self, worker: WorkerProcess) -> int:
+        """Its private memory, now or a moment ago; of one that loads, now."""
+        now_ns = self._parts.clock.monotonic_ns()
+        known = self._measured.get(worker)
+        if known is not None and now_ns < known[0]:
+            return known[1]
+        taken_bytes = memory.of(worker.pid).private_bytes if worker.pid else 0
+        if worker.report is not None:
+            self._measured[worker] = now_ns + MEASURED_NS, taken_bytes
+        return taken_bytes
 
     # -- how they leave ---------------------------------------------------------------------------
 
