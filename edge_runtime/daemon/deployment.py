@@ -375,16 +375,14 @@ class Deployment:
         """Never raises: what serves goes on."""
         try:
             async with self._lock:
-                generation = self.active
-                if generation is None or self.worker is None or self._closing:
+                generation, old = self.active, self.worker
+                if generation is None or old is None or self._closing:
                     return
                 if not await self._selector.outdated(generation):
                     return
-                switch = await self._shelf.read(lambda store: store.current(self.name))
                 worker, same = await self._loaded(generation, asked=False, choose=True)
-                if not same and self.active is generation and not self._closing:
-                    reason = f"{worker.spec.variant} is the best variant here now"
-                    await self._take_over(generation, worker, switch, False, reason)
+                if not same:
+                    await self._replace(old, worker, "it is the best variant here now")
         except EdgeError as error:
             self._parts.emit("selection_failed", str(error), level="warning", code=error.code)
 
@@ -413,20 +411,23 @@ class Deployment:
                 if self.worker is not old or worker.spec.variant == old.spec.variant:
                     await self._crew.stop(worker)  # it died meanwhile, or no other one is fit
                     return
-                await self._replace(old, worker)
+                weather = "hot" if self._selector.slim else "cool again"
+                await self._replace(old, worker, f"the device is {weather}")
         except EdgeError as error:
             self._parts.emit("variant_not_changed", str(error), level="warning", code=error.code)
 
-    async def _replace(self, old: WorkerProcess, worker: WorkerProcess) -> None:
+    async def _replace(self, old: WorkerProcess, worker: WorkerProcess, reason: str) -> None:
         """The flip between variants of the same generation; nothing changes on disk."""
         self._crew.worker = worker
+        self.state, self.reason = "ready", reason
+        self._cancel_recovery()  # of the old one, if it has died meanwhile
         self._candidates.introduce()
         moved = await self._crew.hand_back(old)
         await self._crew.stop(old)
         self._parts.emit(
             "variant_changed",
-            f"{worker.spec.variant} serves instead of {old.spec.variant}: the device is"
-            f" {'hot' if self._selector.slim else 'cool again'}; {moved} connections moved",
+            f"{worker.spec.variant} serves instead of {old.spec.variant}: {reason};"
+            f" {moved} connections moved",
             version=worker.spec.version,
             variant=worker.spec.variant,
             connections=moved,
