@@ -57,8 +57,24 @@ def optimize(source: Path, out: Path) -> None:
         library.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
 
 
-def quantize_static(source: Path, out: Path, how: StaticInt8, bench: Bench) -> None:
-    """Write the model with integer weights and activations. Raises: UsageError, ModelError."""
+def quantize_static(
+    source: Path,
+    out: Path,
+    how: StaticInt8,
+    bench: Bench,
+    only: tuple[str, ...] = (),
+    ranges_file: Path | None = None,
+) -> None:
+    """Write the model with integer weights and activations.
+
+    Args:
+        only: nodes by name; empty: all. ranges_file: where the ranges of activations are kept for
+            the next call with the same calibration; written if it is not there.
+
+    Raises:
+        UsageError: a name that no node has.
+        ModelError: the library refuses the model, or nothing was quantized.
+    """
     tools = _tools()
     _check_nodes(source, how.exclude)
     feeds = _some(bench.calibration, how.samples)
@@ -71,9 +87,9 @@ def quantize_static(source: Path, out: Path, how: StaticInt8, bench: Bench) -> N
         "UseQDQContribOps": how.activations in ("u16", "s16"),
     }
     with tempfile.TemporaryDirectory() as scratch, _ours("quantize", source):
-        cache = None
-        if how.method == "mse":
-            cache = Path(scratch) / "ranges.json"
+        cache = ranges_file
+        if how.method == "mse" and (cache is None or not cache.exists()):
+            cache = cache or Path(scratch) / "ranges.json"
             bits = 16 if how.activations.endswith("16") else 8
             _save_ranges(ranges.mse(histograms(source, feeds, bench), bits), cache)
         tools.quantize_static(
@@ -88,6 +104,7 @@ def quantize_static(source: Path, out: Path, how: StaticInt8, bench: Bench) -> N
             reduce_range=how.reduce_range,
             activation_type=getattr(tools.QuantType, _TYPES[how.activations]),
             weight_type=getattr(tools.QuantType, _TYPES[how.weights]),
+            nodes_to_quantize=list(only) or None,
             nodes_to_exclude=list(how.exclude) or None,
             calibrate_method=getattr(tools.CalibrationMethod, _METHODS[how.method]),
             extra_options=extra,

@@ -17,9 +17,14 @@ Shapes = dict[str, tuple[int | None, ...]]
 
 def macs(path: Path) -> int:
     """Multiply-accumulates of one sample; quantized operators count like their float ones."""
+    return sum(by_node(path).values())
+
+
+def by_node(path: Path) -> dict[str, int]:
+    """The same by the node's name (its output's, where it has none)."""
     model = onnx_door.infer_shapes(onnx_door.load(path))
     shapes = value_shapes(model.graph)
-    return sum(_of_node(node, shapes) for node in model.graph.node)
+    return {node.name or node.output[0]: _of_node(node, shapes) for node in model.graph.node}
 
 
 def value_shapes(graph: Any) -> Shapes:

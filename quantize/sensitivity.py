@@ -1,0 +1,262 @@
+"""Which layers suffer from integers: each alone, all together, and what to leave float.
+
+Law of this file: it quantizes one node at a time with ranges that were found once, and looks at the
+answers in this process; the final word on a variant is `evaluating`'s. Everything is by seed and
+order, nothing by time.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from edge_runtime.backends import backend
+from edge_runtime.errors import EdgeError, UsageError
+from quantize import datasets, onnx_door, onnxruntime_door, scores
+from quantize.models import ModelFile
+from quantize.passes import ONNX, Bench, Say
+from quantize.passes.integer import StaticInt8
+from quantize.pruning import work
+from quantize.scores import Metric
+
+Array = np.ndarray[Any, Any]
+
+# Samples that each layer is judged with: enough to rank layers; the proposal is judged with all.
+SAMPLES_DEFAULT = 512
+ROWS = 64
+# Better than this is noise of float arithmetic itself.
+SQNR_DB_MAX = 120.0
+
+
+class Layer(msgspec.Struct, frozen=True):
+    """One node that can be quantized.
+
+    Attributes:
+        sqnr_db: signal to quantization noise of the model's answer when this node alone is
+            quantized; less is worse. loss: of the metric then.
+        own_sqnr_db: of this node's output when the whole model is quantized; 0: not known.
+        macs_share: its share of the model's multiplications.
+    """
+
+    name: str
+    operator: str
+    sqnr_db: float
+    loss: float
+    own_sqnr_db: float
+    macs_share: float
+
+
+class Sensitivity(msgspec.Struct, frozen=True):
+    """What was found, the most sensitive layer first.
+
+    Attributes:
+        loss_all: of the metric when everything is quantized. exclude: the fewest of the most
+            sensitive nodes that must stay float for the loss to keep `drop_max`; loss_excluded: the
+            loss then. Without need it is empty; if nothing helps it holds all layers.
+    """
+
+    layers: tuple[Layer, ...]
+    samples: int
+    metric: str
+    loss_all: float
+    drop_max: float
+    exclude: tuple[str, ...]
+    loss_excluded: float
+
+
+class Probe:
+    """Quantizes any set of nodes of one model and says what that costs."""
+
+    def __init__(
+        self,
+        source: ModelFile,
+        bench: Bench,
+        data: datasets.Dataset,
+        metric: Metric,
+        output: str,
+        how: StaticInt8,
+        folder: Path,
+    ) -> None:
+        if source.format != ONNX:
+            raise UsageError(
+                f"sensitivity is measured on ONNX models, not {source.format}",
+                where=str(source.path),
+            )
+        self.how = how
+        self._source, self._bench, self._data = source, bench, data
+        self._metric, self._output, self._folder = metric, output, folder
+        self._ranges = folder / "ranges.json"
+        self._count = 0
+        self._reference = self.answers(source.path)
+        self._scores = metric.score(self._reference, data.labels, self._reference)
+
+    def quantized(self, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> Path:
+        """The model with these nodes quantized, or all but those; ranges are found the first time.
+
+        Raises:
+            ModelError: nothing could be quantized.
+        """
+        self._count += 1
+        out = self._folder / f"probe{self._count}.onnx"
+        how = msgspec.structs.replace(self.how, exclude=tuple(exclude))
+        onnxruntime_door.quantize_static(
+            self._source.path, out, how, self._bench, tuple(only), self._ranges
+        )
+        return out
+
+    def answers(self, path: Path) -> Array:
+        """The main output for every sample."""
+        model = backend("onnxruntime").load(path, {"threads": 1})
+        rows = ROWS if self._source.batch_axis == 0 else 1
+        parts = [
+            model.run(feed)[self._output] for feed in datasets.batches(self._data.inputs, rows)
+        ]
+        return np.concatenate(parts)
+
+    def cost(self, path: Path) -> tuple[float, float]:
+        """(signal to noise in dB, loss of the metric) of a model beside the float one."""
+        got = self.answers(path)
+        mine = self._metric.score(got, self._data.labels, self._reference)
+        return sqnr_db(self._reference, got), float((self._scores - mine).mean())
+
+
+def measure(
+    probe: Probe, source: ModelFile, bench: Bench, metric: str, drop_max: float, say: Say
+) -> Sensitivity:
+    """Each layer alone, all together, and the proposal.
+
+    Raises:
+        UsageError, ModelError: the model has nothing that can be quantized.
+    """
+    full = probe.quantized()
+    _, loss_all = probe.cost(full)
+    nodes = quantizable(source.path, full)
+    shares, own = macs_shares(source.path), _own(source.path, full, nodes, bench)
+    layers = []
+    for number, (name, operator) in enumerate(nodes, 1):
+        say(f"layer {number} of {len(nodes)}: {name}")
+        try:
+            noise, loss = probe.cost(probe.quantized(only=[name]))
+        except EdgeError:
+            continue  # it is quantized only together with its neighbours
+        layers.append(Layer(name, operator, noise, loss, own.get(name, 0.0), shares.get(name, 0.0)))
+    layers.sort(key=lambda one: (one.sqnr_db, one.name))
+    exclude, loss = propose([one.name for one in layers], loss_all, drop_max, _loss_without(probe))
+    samples = len(probe._data)
+    return Sensitivity(tuple(layers), samples, metric, loss_all, drop_max, exclude, loss)
+
+
+def _loss_without(probe: Probe) -> Callable[[Sequence[str]], float]:
+    def loss(exclude: Sequence[str]) -> float:
+        return probe.cost(probe.quantized(exclude=exclude))[1]
+
+    return loss
+
+
+def propose(
+    ranked: Sequence[str],
+    loss_all: float,
+    drop_max: float,
+    loss_without: Callable[[Sequence[str]], float],
+) -> tuple[tuple[str, ...], float]:
+    """The fewest of the ranked names to leave out so that the loss keeps the budget.
+
+    Doubles first, then halves the gap: a few trials, and the loss falls with the number left out to
+    within noise.
+    """
+    if loss_all <= drop_max or not ranked:
+        return (), loss_all
+    known: dict[int, float] = {}
+
+    def loss(count: int) -> float:
+        if count not in known:
+            known[count] = loss_without(ranked[:count])
+        return known[count]
+
+    count = 1
+    most = len(ranked) - 1  # leaving all out is the float model
+    while count < most and loss(count) > drop_max:
+        count = min(count * 2, most)
+    if most < 1 or loss(count) > drop_max:
+        return tuple(ranked), 0.0
+    low = count // 2
+    while count - low > 1:
+        middle = (count + low) // 2
+        low, count = (low, middle) if loss(middle) <= drop_max else (middle, count)
+    return tuple(ranked[:count]), loss(count)
+
+
+def sqnr_db(want: Array, got: Array) -> float:
+    """10 log10 of signal power over noise power, at most SQNR_DB_MAX."""
+    signal = float((want.astype(np.float64) ** 2).mean())
+    noise = float(((want.astype(np.float64) - got) ** 2).mean())
+    if signal == 0 or noise == 0:
+        return SQNR_DB_MAX
+    return min(10 * math.log10(signal / noise), SQNR_DB_MAX)
+
+
+def quantizable(source: Path, full: Path) -> list[tuple[str, str]]:
+    """(name, operator) of the source's nodes whose inputs are integers in the quantized model."""
+    graph = onnx_door.load(full).graph
+    made = {out: node.op_type for node in graph.node for out in node.output}
+    inside = {
+        node.name
+        for node in graph.node
+        if any(made.get(name) == "DequantizeLinear" for name in node.input)
+    }
+    nodes = onnx_door.load(source).graph.node
+    return [(node.name, node.op_type) for node in nodes if node.name and node.name in inside]
+
+
+def macs_shares(path: Path) -> dict[str, float]:
+    """Each node's share of the model's multiplications."""
+    counts = work.by_node(path)
+    total = max(sum(counts.values()), 1)
+    return {name: count / total for name, count in counts.items()}
+
+
+def _own(
+    source: Path, full: Path, nodes: Sequence[tuple[str, str]], bench: Bench
+) -> dict[str, float]:
+    """How much each node's own output suffers when everything before it is quantized too."""
+    names = {name for name, _ in nodes}
+    outputs = {
+        node.name: node.output[0]
+        for node in onnx_door.load(source).graph.node
+        if node.name in names
+    }
+    feeds = {name: array[:ROWS] for name, array in bench.calibration.items()}
+    watched = set(outputs.values())
+    want: dict[str, Array] = next(
+        iter(onnxruntime_door.activations(source, feeds, bench, watched)), {}
+    )
+    got: dict[str, Array] = next(
+        iter(onnxruntime_door.activations(full, feeds, bench, watched)), {}
+    )
+    return {
+        name: sqnr_db(want[out], got[out])
+        for name, out in outputs.items()
+        if out in want and out in got and want[out].shape == got[out].shape
+    }
+
+
+def probe_in(
+    folder: tempfile.TemporaryDirectory[str] | Path,
+    source: ModelFile,
+    bench: Bench,
+    data: datasets.Dataset,
+    name: str,
+    how: StaticInt8 | None = None,
+    output: str = "",
+) -> Probe:
+    """A probe with the metric of that name, over at most SAMPLES_DEFAULT samples."""
+    path = folder if isinstance(folder, Path) else Path(folder.name)
+    few = data.take(np.arange(min(len(data), SAMPLES_DEFAULT)))
+    main = output or source.outputs[0].name
+    return Probe(source, bench, few, scores.metric(name), main, how or StaticInt8(), path)
