@@ -1,14 +1,14 @@
 """Runs: a request, what running one or a batch of them gives, and the threads that do it.
 
-Law of this file: it calls the model and nothing else; no socket, no queue of admitted requests, no
-verdict about a client. Whatever a model raises is an outcome here.
+Law of this file: it calls the model, and between two runs what it is given to call; no socket, no
+queue of admitted requests, no verdict about a client. Whatever a model raises is an outcome here.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections import deque
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -82,46 +82,75 @@ class Done(NamedTuple):
     run_ns: int
 
 
-class Runners:
-    """A few threads that run requests; the loop gives and collects."""
+# Requests to run, and the memory to run them in as one; None: one by one.
+Work = tuple[list[Request], Batch | None]
 
-    def __init__(self, count: int, status: memoryview) -> None:
+
+class Runners:
+    """A few threads that run requests.
+
+    A runner that has run something tells so and takes what is next itself: to hand the answer to
+    the loop and wait for new work would leave its processor idle for as long as the loop needs to
+    wake. So the loop's state belongs to whoever holds `lock`: the loop, unless it sleeps; a runner
+    between two runs.
+
+    Attributes:
+        idle: of `count`, those without work.
+        wake_fd: readable when a runner has come to rest.
+        failure: what a runner met between two runs: a fault of ours, which ends the worker.
+    """
+
+    def __init__(self, count: int, status: memoryview, ran: Callable[[Done], Work | None]) -> None:
+        """See above.
+
+        Args:
+            ran: called with the lock after a run; gives the next work, None: rest.
+        """
         assert 0 < count <= page.RUNNERS_MAX
         self.count = count
         self.idle = count
+        self.lock = threading.Lock()
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.failure: BaseException | None = None
         self._status = status
-        self._todo: SimpleQueue[tuple[list[Request], Batch | None]] = SimpleQueue()
-        self._done: deque[Done] = deque()
+        self._ran = ran
+        self._todo: SimpleQueue[Work] = SimpleQueue()
         for index in range(count):
             threading.Thread(target=self._run, args=(index,), daemon=True).start()
 
-    def start(self, requests: list[Request], batch: Batch | None) -> None:
-        """Give work to an idle runner (the caller has seen `idle` > 0)."""
+    def start(self, work: Work) -> None:
+        """Give work to an idle runner (the caller has the lock and has seen `idle` > 0)."""
         self.idle -= 1
-        self._todo.put((requests, batch))
+        self._todo.put(work)
 
-    def finished(self) -> list[Done]:
-        """What has been run since the last call."""
+    def collect(self) -> None:
+        """`wake_fd` was readable. Raises what a runner met."""
         try:
             os.eventfd_read(self.wake_fd)
         except BlockingIOError:
             pass  # collected by an earlier call of the same turn
-        done = []
-        while self._done:
-            done.append(self._done.popleft())
-        self.idle += len(done)
-        return done
+        if self.failure is not None:
+            raise self.failure
 
     def _run(self, index: int) -> None:
-        word = page.RUN_BEGAN + index
+        word, work = page.RUN_BEGAN + index, None
         while True:
-            self._run_one(word, *self._todo.get())
+            # A call of its own: a resting runner must not hold its last request's memory.
+            work = self._run_one(word, *(work or self._todo.get()))
 
-    def _run_one(self, word: int, requests: list[Request], batch: Batch | None) -> None:
-        """A call of its own: a resting runner must not hold its last request's memory."""
-        self._done.append(execute(requests, batch, self._status, word))
-        os.eventfd_write(self.wake_fd, 1)
+    def _run_one(self, word: int, requests: list[Request], batch: Batch | None) -> Work | None:
+        done = execute(requests, batch, self._status, word)
+        work = None
+        with self.lock:
+            try:
+                work = self._ran(done)
+            except Exception as failure:  # noqa: BLE001 - raised in the loop
+                self.failure = failure
+            if work is None:
+                self.idle += 1
+        if work is None:  # the loop may have waited for this
+            os.eventfd_write(self.wake_fd, 1)
+        return work
 
 
 def execute(requests: list[Request], batch: Batch | None, status: memoryview, word: int) -> Done:

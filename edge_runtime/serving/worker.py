@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import select
 import socket
+import threading
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 from edge_runtime.clock import monotonic_ns as _monotonic_ns
 from edge_runtime.errors import (
@@ -38,13 +40,15 @@ from edge_runtime.serving.intake import Intake
 from edge_runtime.serving.measuring import Meter
 from edge_runtime.serving.peers import Peers
 from edge_runtime.serving.plan import Planner
-from edge_runtime.serving.running import Done, Request, Runners, edge_error, execute
+from edge_runtime.serving.running import Done, Request, Runners, Work, edge_error, execute
 from edge_runtime.serving.slots import Slots
 from edge_runtime.serving.spec import WorkerSpec
 from edge_runtime.wire import frames
 
 SWEEP_S = 1.0
 Poll = Callable[[float], list[tuple[int, int]]]
+P = ParamSpec("P")
+T = TypeVar("T")
 # A worker that was found to be wrong waits so long for clients to take the answers they have due.
 PART_S_MAX = 0.5
 # Errors of the library, not of a request.
@@ -104,7 +108,7 @@ class Worker:
         self._company = Company(
             self._epoll, spec, planner, status, self._peers, self._slots, self._queue
         )
-        self._runners = Runners(runners, status) if runners else None
+        self._runners = Runners(runners, status, self._ran) if runners else None
         if self._runners:
             self._epoll.register(self._runners.wake_fd, select.EPOLLIN)
         self._sweep_at_ns = 0
@@ -119,7 +123,15 @@ class Worker:
         """Run until Stop, until the supervisor is gone, or until the model is found to be wrong;
         whether that was why.
         """
-        poll = _spinning(self._epoll.poll, self._spin_ns) if self._spin_ns else self._epoll.poll
+        poll: Poll = self._epoll.poll
+        if self._spin_ns:
+            poll = _spinning(poll, self._spin_ns)
+        if self._runners is None:
+            return self._turns(poll)
+        with self._runners.lock:
+            return self._turns(_unlocked(poll, self._runners.lock))
+
+    def _turns(self, poll: Poll) -> bool:
         intake, company, load = self._intake, self._company, self._admission
         status = self._status
         heart = self._heart
@@ -150,7 +162,8 @@ class Worker:
                 elif fd == control_fd:
                     self._told()
                 elif fd == wake_fd:
-                    self._collect()
+                    assert self._runners is not None
+                    self._runners.collect()
                 else:
                     company.event(fd, events)
             if load.refusals:
@@ -199,7 +212,11 @@ class Worker:
     def _wait_s(self) -> float:
         """How long `epoll` may sleep while requests wait; what is left of a hold is slept here."""
         if self._hold_until_ns:
-            _doze(self._epoll.fileno(), max(self._hold_until_ns - _monotonic_ns(), 0) / 1e9)
+            hold_s = max(self._hold_until_ns - _monotonic_ns(), 0) / 1e9
+            if self._runners is None:
+                _doze(self._epoll.fileno(), hold_s)
+            else:
+                _unlocked(_doze, self._runners.lock)(self._epoll.fileno(), hold_s)
             return 0
         return SWEEP_S if self._runners else 0
 
@@ -354,17 +371,37 @@ class Worker:
         if self._heart is not None and self._heart.pressing:
             return  # a golden comes first, when the runs under way have ended
         while self._pending and runners.idle:
-            request = self._line.pop()
-            if request.deadline_ns and self._expired(request):
-                continue
-            requests, batch = [request], None
-            if self._pending and request.plan.batch_key is not None:
-                # They share it: one long batch beside an idle core helps nobody.
-                share = -(-(len(self._pending) + 1) // runners.idle)
-                requests = self._gather(request, min(share * request.plan.rows, self._rows_max))
-                if len(requests) > 1:
-                    batch = self._batches.take(request.plan, self._rows_max)
-            runners.start(requests, batch)
+            work = self._next_work(runners.idle)
+            if work is not None:
+                runners.start(work)
+
+    def _next_work(self, lanes: int) -> Work | None:
+        """What the next of so many idle runners is to run; None: who was next has expired."""
+        request = self._line.pop()
+        if request.deadline_ns and self._expired(request):
+            return None
+        requests, batch = [request], None
+        if self._pending and request.plan.batch_key is not None:
+            # They share it: one long batch beside an idle core helps nobody.
+            share = -(-(len(self._pending) + 1) // lanes)
+            requests = self._gather(request, min(share * request.plan.rows, self._rows_max))
+            if len(requests) > 1:
+                batch = self._batches.take(request.plan, self._rows_max)
+        return requests, batch
+
+    def _ran(self, done: Done) -> Work | None:
+        """In a runner's thread, which has the lock: answer, and take what is next.
+
+        Who may wait for company, or has to wait for a golden, is left to the loop.
+        """
+        assert self._runners is not None
+        self._finish_run(done)
+        work = None
+        if not self._window_ns and not (self._heart is not None and self._heart.pressing):
+            while self._pending and work is None:
+                work = self._next_work(self._runners.idle + 1)
+        self._status[page.WAITING] = len(self._pending)
+        return work
 
     def _gather(self, first: Request, rows_max: int) -> list[Request]:
         """`first` and those behind it that run in one batch with it."""
@@ -411,11 +448,6 @@ class Worker:
         self._finish(request, response, error, run_ns, began_ns)
 
     # -- out ---------------------------------------------------------------------------------------
-
-    def _collect(self) -> None:
-        assert self._runners is not None
-        for done in self._runners.finished():
-            self._finish_run(done)
 
     def _finish_run(self, done: Done) -> None:
         """Answer the requests of one run."""
@@ -490,6 +522,19 @@ class Worker:
         """The library failed: what it answers from now on is to be looked at."""
         if self._heart is not None:
             self._heart.note_failure(_monotonic_ns())
+
+
+def _unlocked(sleep: Callable[P, T], lock: threading.Lock) -> Callable[P, T]:
+    """`sleep`, during which others may have the lock that the caller has."""
+
+    def unlocked(*arguments: P.args, **options: P.kwargs) -> T:
+        lock.release()
+        try:
+            return sleep(*arguments, **options)
+        finally:
+            lock.acquire()
+
+    return unlocked
 
 
 def _spinning(poll: Poll, spin_ns: int) -> Poll:
