@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.daemon.processes import Line, Reaper
-from edge_runtime.serving import channel
+from edge_runtime.clock import SystemClock
+from edge_runtime.daemon.processes import Line, Reaper, WorkerProcess
+from edge_runtime.serving import channel, page
+from edge_runtime.serving.spec import WorkerSpec
+from edge_runtime.wire import sockets
 
 
 def descriptors() -> set[str]:
@@ -112,6 +115,41 @@ def test_a_peer_that_dies_with_messages_waiting_costs_each_descriptor_one_close(
         line._writable()  # as the loop would: the first message that waits finds the peer gone
         assert not line.send(channel.Stop(), [os.open("/dev/null", os.O_RDONLY)])
         assert descriptors() == before
+
+    asyncio.run(main())
+
+
+def test_a_worker_cannot_claim_more_connections_than_it_was_given():
+    async def main() -> None:
+        back: list[channel.Returned] = []
+
+        def returned(message: channel.Returned, fds: list[int]) -> None:
+            sockets.close_fds(fds)
+            back.append(message)
+
+        spec = WorkerSpec("m", 1, 1, "fp32", "reference", "/nowhere", "", (), ())
+        worker = WorkerProcess(spec, "", SystemClock(), returned, lambda *_: None)
+        theirs = socket.socket(fileno=worker.descriptors()[0])
+        worker.status[page.CONNECTIONS] = (1 << 64) - 1
+        for uid in (1000, 1001):
+            worker.status[page.USERS + 2 * (uid - 1000)] = uid + 1
+            worker.status[page.USERS + 2 * (uid - 1000) + 1] = (1 << 64) - 1
+        assert (worker.connections(), worker.connections_of(1000)) == (0, 0)
+        for uid in (1000, 1000, 1001):
+            fd = os.open("/dev/null", os.O_RDONLY)
+            worker.adopt(channel.Adopt(own=False, peer=(1, uid, uid)), [fd])
+        assert (worker.connections(), worker.connections_of(1000)) == (3, 2)
+        for uid in (1000, 1002):  # one is given back, and one that it never had
+            with Path(os.devnull).open("rb") as file:
+                channel.send(
+                    theirs, channel.Returned(own=False, peer=(1, uid, uid)), [file.fileno()]
+                )
+        while len(back) < 2:
+            await asyncio.sleep(0)
+        assert (worker.connections(), worker.connections_of(1000)) == (2, 1)
+        assert worker.connections_of(1002) == 0
+        worker.not_forked("it was only a test")
+        theirs.close()
 
     asyncio.run(main())
 
