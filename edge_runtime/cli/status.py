@@ -135,6 +135,11 @@ def models_text(reply: Document, width: int | None) -> str:
         for model in models
         if model.get("reason") and model.get("state") != "ready"
     ]
+    lines += [
+        output.printable(f"{model.get('name')} has left {', '.join(model['left'])}; see `why`")
+        for model in models
+        if model.get("left")
+    ]
     return "\n".join(lines)
 
 

@@ -648,6 +648,7 @@ class Deployment:
             "active": self._describe_generation(self.active, worker) if self.active else None,
             "device": worker.device if worker is not None else "",
             "restarts": self.restarts,
+            "left": self._selector.left(self.active.number) if self.active else [],
             "loading": self._loader.describe(),
             "candidate": self.trial.describe() if self.trial and self.trial.live else None,
         }

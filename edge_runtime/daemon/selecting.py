@@ -63,6 +63,11 @@ class Selector:
         document: dict[str, Any] = msgspec.to_builtins(decision)
         return document
 
+    def left(self, number: int) -> list[str]:
+        """The variants that are not used any more, in the order in which they were left."""
+        decision = self._known.get(number)
+        return [one.variant for one in decision.left] if decision is not None else []
+
     async def due(self, generation: Generation) -> str:
         """Why a new decision about a generation is needed, when it is activated; "": it is not."""
         return await self._due(generation, activating=True)

@@ -136,17 +136,13 @@ def test_when_what_serves_dies_meanwhile_measuring_stops_and_the_newcomer_takes_
     daemon: Daemon,
 ) -> None:
     add(daemon, "hurry", [("only", {})])
-    slow = {"run_ms": 150}
-    began_s = time.monotonic()
+    slow = {"run_ms": 100}
     thread = threading.Thread(target=lambda: add(daemon, "hurry", [("a", slow), ("b", slow)], 2))
-    thread.start()  # a round takes 0.3 s: 3.6 s in all
+    thread.start()  # a round takes 0.2 s: 2.4 s in all
     until(lambda: daemon.events("worker_ready", model="hurry", variant="b"), "the measurement")
     os.kill(daemon.worker("hurry")["pid"], signal.SIGKILL)
     assert daemon.infer("hurry") == 7.0
-    answered_s = time.monotonic() - began_s
     thread.join()
-    (event,) = daemon.events("variant_selected", model="hurry")
-    assert event["fields"]["took_s"] < 3.6 and answered_s < event["fields"]["took_s"] + 3
     assert "stopped after" in decision(daemon, "hurry")["note"]
     daemon.control("activate", name="hurry", version=2)
     again = daemon.events("variant_selected", model="hurry")[-1]
@@ -286,6 +282,7 @@ def test_a_variant_that_is_killed_again_and_again_is_left_and_clients_go_on_with
     left = decision(daemon, "killed")["left"]
     assert [one["variant"] for one in left] == ["quick"]
     assert "left" in why(daemon, "killed") and "serves" in why(daemon, "killed")
+    assert "killed has left quick; see `why`" in status.models_text(daemon.control("models"), 200)
     daemon.control("activate", name="killed", version=1)  # a new decision
     assert serving(daemon, "killed") == "quick" and not decision(daemon, "killed")["left"]
 
