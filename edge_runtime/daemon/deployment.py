@@ -207,6 +207,7 @@ class Deployment:
             if self.state == "idle" and self.active is not None:
                 self.reason = "asked for again"
                 await self._restart(asked=True)
+        self._reselect_if_due()
 
     def sleep(self, reason: str) -> asyncio.Task[int]:
         """Unload the model until it is asked for again; done with the bytes that came back.
@@ -369,7 +370,8 @@ class Deployment:
 
     def _reselect_if_due(self) -> None:
         """Decide again, beside what serves, when the machine is not the one that was measured."""
-        self._reselection = self._crew.spawn(self._reselect())
+        if self._reselection is None or self._reselection.done():
+            self._reselection = self._crew.spawn(self._reselect())
 
     async def _reselect(self) -> None:
         """Never raises: what serves goes on."""

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from edge_runtime.cli import status
+from edge_runtime.daemon import energy
 from edge_runtime.errors import ConnectionClosedError, EdgeError, ModelError, UnavailableError
 from tests.daemon.world import QUICK_RESTART, Daemon, fault, filled, running, until
 
@@ -160,6 +161,16 @@ def test_a_variant_that_is_configured_is_served_unmeasured_and_off_measures_noth
     assert add(daemon, "unmeasured", [("wrong", fault("wrong")), *variants])["variant"] == "slow"
     found = decision(daemon, "unmeasured")
     assert found["order"] == ["slow", "quick"] and found["note"] == "not measured"
+
+
+def test_where_energy_cannot_be_read_time_decides_and_the_decision_says_so(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    if energy.read_uj() is not None:
+        pytest.skip("this processor counts its energy")
+    daemon = make_daemon({"selection": {"policy": "energy"}}).start()
+    assert add(daemon, "m", [("slow", SLOW), ("quick", {})])["variant"] == "quick"
+    assert decision(daemon, "m")["note"] == "energy cannot be read here: by latency"
 
 
 def test_memory_too_small_for_all_at_once_has_them_measured_one_after_the_other(
