@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 from edge_runtime.daemon import residency, specs
@@ -122,8 +122,8 @@ class Deployment:
         async with self._superseding():
             worker, warm = await self._loaded(generation, asked=True, choose=True)
             try:
-                switch = await self._shelf.switch(
-                    lambda store: store.activate(self.name, generation.number, reason)
+                switch = await self._switched(
+                    generation, lambda store: store.activate(self.name, generation.number, reason)
                 )
             except EdgeError:
                 if not warm:  # what serves, or may be rolled back to, stays
@@ -142,7 +142,9 @@ class Deployment:
             generation = await self._shelf.read(self._previous)
             worker, warm = await self._loaded(generation, asked=True, choose=False)
             try:
-                switch = await self._shelf.switch(lambda store: store.rollback(self.name, reason))
+                switch = await self._switched(
+                    generation, lambda store: store.rollback(self.name, reason)
+                )
             except EdgeError:
                 if not warm:  # what serves, or may be rolled back to, stays
                     await self._crew.stop(worker)
@@ -332,6 +334,28 @@ class Deployment:
                 f"{self.name} has no previous generation", remedy="activate a version instead"
             )
         return store.generation(self.name, number)
+
+    async def _switched(self, generation: Generation, step: Callable[[Store], Switch]) -> Switch:
+        """Have the disk say that this generation serves.
+
+        When it says so although the step failed (the slot has its name, and the directory was not
+        synced), that holds: what serves in memory must be what a restart finds.
+        """
+        before = self.active.number if self.active is not None else None
+        try:
+            return await self._shelf.switch(step)
+        except EdgeError as error:
+            switch = await self._shelf.read(lambda store: store.current(self.name))
+            if switch.active != generation.number or switch.active == before:
+                raise
+            self._parts.emit(
+                "switch_not_synced",
+                f"{self.name}@{generation.version} serves; a power cut may bring the version before"
+                f" it back: {error}",
+                level="error",
+                code=error.code,
+            )
+            return switch
 
     async def _settle(self) -> None:
         """Copy the switch, now that nobody waits for it. Without the copy it stands as well."""

@@ -89,3 +89,25 @@ def test_a_budget_removes_the_oldest_and_never_what_serves(make_daemon):
     installed = daemon.model("many")["installed"]
     assert installed[-2:] == [4, 5] and 1 not in installed
     assert daemon.control("rollback", name="many")["version"] == 4
+
+
+def test_a_switch_that_is_seen_on_disk_but_not_synced_is_what_serves(make_daemon, tmp_path):
+    """What a restart finds and what serves now must be the same."""
+    order = tmp_path / "no-sync"
+    paths = [str(Path(__file__).parent / "failing"), os.environ.get("PYTHONPATH", "")]
+    environment = {"EDGE_TEST_NO_SYNC": str(order), "PYTHONPATH": os.pathsep.join(paths)}
+    daemon = make_daemon(environment=environment).start()
+    for version in (1, 2):
+        daemon.install(bundle(daemon.bundles, "half", version, scale=float(version)))
+    order.touch()
+    assert daemon.control("rollback", name="half")["version"] == 1
+    assert not order.exists() and daemon.infer("half") == 4.0
+    assert daemon.events("switch_not_synced", model="half")
+    order.touch()
+    daemon.control("activate", name="half", version=2)
+    assert not order.exists() and daemon.infer("half") == 7.0
+    daemon.kill()
+    daemon.gone()
+    daemon.start()
+    until(lambda: daemon.ready("half"))
+    assert daemon.infer("half") == 7.0 and daemon.model("half")["previous"]["version"] == 1
