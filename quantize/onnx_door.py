@@ -60,6 +60,26 @@ def arrays(model: Any) -> dict[str, Any]:
     return {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
 
 
+def quantized_ranges(model: Any) -> dict[str, tuple[float, float]]:
+    """By tensor the range that its QuantizeLinear keeps; tensors with one scale, no weights."""
+    known = arrays(model)
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
+            known[node.output[0]] = library().numpy_helper.to_array(node.attribute[0].t)
+    found = {}
+    for node in model.graph.node:
+        if node.op_type != "QuantizeLinear" or len(node.input) < 3 or node.input[0] in known:
+            continue
+        scale, zero = known.get(node.input[1]), known.get(node.input[2])
+        if scale is None or zero is None or scale.size != 1 or zero.dtype.kind not in "iu":
+            continue
+        bits = 8 * zero.dtype.itemsize
+        least = 0 if zero.dtype.kind == "u" else -(1 << bits - 1)
+        step, middle = float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0])
+        found[node.input[0]] = step * (least - middle), step * (least + (1 << bits) - 1 - middle)
+    return found
+
+
 def version() -> str:
     return str(library().__version__)
 

@@ -16,10 +16,10 @@ import numpy as np
 
 import edge_runtime
 from edge_runtime.backends import backend
-from edge_runtime.bundle import create
+from edge_runtime.bundle import archive, create
 from edge_runtime.bundle import manifest as manifests
 from edge_runtime.bundle.manifest import Postprocess
-from quantize import sketches
+from quantize import served, sketches
 from quantize.datasets import Dataset
 from quantize.recipe import Recipe
 from quantize.results import Evaluated, Outcome
@@ -67,7 +67,7 @@ def pack(
         answers: the reference's outputs for `data`, [samples, ...] by name.
 
     Raises:
-        ModelError: nothing but the float model passed, or a backend fails on a golden.
+        ModelError: a backend fails on a golden, or a daemon does not serve a packed variant.
         StorageError: the bundle cannot be written.
     """
     fit = _in_order(outcome)
@@ -90,10 +90,25 @@ def pack(
         provenance=provenance(outcome),
     )
     given = [create.Given(one.name, one.backend, one.precision, one.options) for one in fit]
+    draft = out.with_name(f".{out.name}.draft")
     try:
-        return create.create([Path(one.path) for one in fit], options, out, load=_load, given=given)
+        made = create.create([Path(one.path) for one in fit], options, draft, _load, given=given)
+        prove(draft)
+        draft.replace(out)
+        return made
     finally:
         samples.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
+
+
+def prove(path: Path) -> None:
+    """Serve every variant of the bundle once, in a daemon that compares its goldens.
+
+    Raises:
+        EdgeError: a variant is not served as it was recorded; names it.
+    """
+    with archive.open_bundle(path) as bundle, served.daemon() as daemon:
+        daemon.prove(bundle)
 
 
 def _in_order(outcome: Outcome) -> Sequence[Evaluated]:
@@ -116,6 +131,7 @@ def card(outcome: Outcome) -> dict[str, Any]:
         "machine": outcome.machine,
         "variants": {one.name: _figures(one) for one in outcome.evaluated if not one.refusal},
         "refused": {one.name: one.refusal for one in outcome.evaluated if one.refusal},
+        "findings": [msgspec.to_builtins(one) for one in outcome.findings],
     }
 
 

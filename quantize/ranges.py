@@ -62,9 +62,10 @@ def squared_error(histogram: Histogram, low: float, high: float, bits: int) -> f
     return float((histogram.counts * (values - rounded) ** 2).sum() / total)
 
 
-def saturated(histogram: Histogram, low: float, high: float) -> float:
-    """The share of values outside the range: what a quantizer with it cuts off."""
+def saturated(histogram: Histogram, low: float, high: float, bits: int = 8) -> float:
+    """The share of values that a quantizer with the range cuts off, by more than one step of it."""
     values = histogram.centres
-    half = (histogram.high - histogram.low) / len(histogram.counts) / 2
-    outside = (values > high + half) | (values < low - half)
+    margin = (histogram.high - histogram.low) / len(histogram.counts) / 2
+    margin = max(margin, (high - low) / (2**bits - 1))
+    outside = (values > high + margin) | (values < low - margin)
     return float(histogram.counts[outside].sum() / max(float(histogram.counts.sum()), 1.0))

@@ -51,6 +51,59 @@ class Evaluated(msgspec.Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
 
+class Clipping(msgspec.Struct, frozen=True):
+    """The range that a variant's quantizer keeps of a tensor, and what it cuts off.
+
+    `calibration`, `evaluation`: the share of the float model's values outside, 0 to 1.
+    """
+
+    low: float
+    high: float
+    calibration: float
+    evaluation: float
+
+
+class Activation(msgspec.Struct, frozen=True):
+    """A tensor that is quantized, as the float model computes it.
+
+    Attributes:
+        low, high: of all bins; calibration, evaluation: counts of equal bins between them.
+        seen: smallest and largest value over the calibration samples.
+        beyond: the share of evaluation samples with a value outside `seen`.
+        clippings: by variant.
+    """
+
+    name: str
+    low: float
+    high: float
+    calibration: tuple[int, ...]
+    evaluation: tuple[int, ...]
+    seen: tuple[float, float]
+    beyond: float
+    clippings: dict[str, Clipping]
+
+
+class Layer(msgspec.Struct, frozen=True):
+    """What it costs to quantize one node alone.
+
+    `error`: of its output, relative (norm of the difference / norm). `drop`: of the metric, against
+    float. `whole_error`: of its output when every node is quantized.
+    """
+
+    node: str
+    operator: str
+    error: float
+    drop: float
+    whole_error: float = 0.0
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """Something wrong with the data; `fault` is its name in docs/compression.md."""
+
+    fault: str
+    text: str
+
+
 class Outcome(msgspec.Struct, frozen=True):
     """A whole run.
 
@@ -58,7 +111,9 @@ class Outcome(msgspec.Struct, frozen=True):
         reference: name of the float variant that the others are compared with.
         evaluated: every variant, the reference first, shipped or refused.
         calibration: fingerprint of the calibration set. machine: what it was measured on.
-        versions: libraries. seconds: the run took.
+        seconds: the run took. evaluation: fingerprint of the samples that judged.
+        findings: what is wrong with the data. activations: of quantized tensors, where the model
+            is ONNX. layers: what a sensitivity analysis found; empty if there was none.
     """
 
     name: str
@@ -74,6 +129,10 @@ class Outcome(msgspec.Struct, frozen=True):
     source_sha256: str
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    evaluation: dict[str, Any] = {}
+    findings: tuple[Finding, ...] = ()
+    activations: tuple[Activation, ...] = ()
+    layers: tuple[Layer, ...] = ()
 
     def of(self, name: str) -> Evaluated:
         """The variant of that name."""
@@ -84,3 +143,9 @@ class Outcome(msgspec.Struct, frozen=True):
         """Those that passed, fastest first."""
         fit = [one for one in self.evaluated if not one.refusal]
         return tuple(sorted(fit, key=lambda one: one.p50_ms))
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether a variant that was made passed, or none was to be made."""
+        made = [one for one in self.evaluated if one.steps]
+        return not made or any(not one.refusal for one in made)

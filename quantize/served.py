@@ -18,9 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from edge_runtime.bundle import archive, source
+from edge_runtime.bundle import manifest as manifests
 from edge_runtime.bundle.manifest import Blob, Manifest, Variant
 from edge_runtime.client import Client
 from edge_runtime.client.control import ControlClient
@@ -98,6 +100,31 @@ class Daemon:
             tuple(active.get("placement", ())),
         )
 
+    def prove(self, bundle: archive.Bundle) -> None:
+        """Serve every variant of a bundle once: the daemon compares its goldens as it loads.
+
+        Raises:
+            EdgeError: a variant does not load or misses its goldens; names it.
+        """
+        for index, variant in enumerate(bundle.manifest.variants):
+            try:
+                self._prove(bundle, variant, f"proof-{index}")
+            except EdgeError as error:
+                error.where = f"variant {variant.name}" + (
+                    f": {error.where}" if error.where else ""
+                )
+                raise
+
+    def _prove(self, bundle: archive.Bundle, variant: Variant, name: str) -> None:
+        path = self._folder / f"{name}.bundle"
+        manifest = alone(bundle.manifest, variant, name)
+        kept = {sha256: bundle.blob(sha256) for sha256 in manifests.blobs(manifest)}
+        archive.pack(archive.compose(manifest, kept), path)
+        with ControlClient(self._run / "control.sock") as control, path.open("rb") as file:
+            control.call("install", {"activate": True, "filename": path.name}, fds=[file.fileno()])
+            control.call("unload", {"name": name})
+        path.unlink()
+
     def _install(self, control: ControlClient, candidate: Candidate) -> None:
         bundle = self._folder / f"{candidate.name}.bundle"
         pack_one(candidate, bundle)
@@ -126,6 +153,15 @@ def daemon() -> Iterator[Daemon]:
             yield Daemon(folder)
         finally:
             _stop(process)
+
+
+def alone(manifest: Manifest, variant: Variant, name: str) -> Manifest:
+    """The manifest of one of its variants, with the goldens that are compared with its answers."""
+    goldens = tuple(
+        msgspec.structs.replace(one, outputs=one.expected(variant.name), variant_outputs={})
+        for one in manifest.goldens
+    )
+    return msgspec.structs.replace(manifest, name=name, variants=(variant,), goldens=goldens)
 
 
 def pack_one(candidate: Candidate, out: Path) -> None:
@@ -165,6 +201,9 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
         "log": {"level": "warning"},
         "limits": {"bundle_bytes_max": 1 << 34},
         "workers": {"keep_previous_warm": False, "own_socket": False},
+        # The variant alone is measured: nothing of this machine's board, no choice, no brake.
+        "profile": "none",
+        "selection": {"policy": "off"},
     }
     (folder / "config.yaml").write_text(json.dumps(config))
     command = [sys.executable, "-m", "edge_runtime", "serve"]

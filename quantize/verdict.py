@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
+from quantize import checks
 from quantize.recipe import Budgets
-from quantize.results import Evaluated
+from quantize.results import Evaluated, Finding
 
 # Two medians of interleaved rounds differ by so much through chance on a machine of two shared
 # cores (half the spread of repeated runs of the same model): below it "slower" is not claimed.
 NOISE = 0.03
+WORSE, UNPROVEN = "answers are worse", "not proven right"
+# Passes that read ranges of the calibration set, and so inherit its faults.
+CALIBRATED = frozenset({"static_int8", "nncf_int8", "tflite_int8"})
 
 
 def refusal(one: Evaluated, reference: Evaluated, budgets: Budgets, drop_max: float) -> str:
@@ -27,6 +33,18 @@ def refusal(one: Evaluated, reference: Evaluated, budgets: Budgets, drop_max: fl
         or _too_large(one, budgets)
         or _too_slow(one, budgets)
     )
+
+
+def explained(one: Evaluated, findings: Sequence[Finding]) -> Evaluated:
+    """The variant with what is wrong with the data after a refusal for its answers."""
+    if not one.refusal.startswith((WORSE, UNPROVEN)):
+        return one
+    if not any(step["use"] in CALIBRATED for step in one.steps):
+        return one
+    because = checks.reason(findings, one.name)
+    if not because:
+        return one
+    return msgspec.structs.replace(one, refusal=f"{one.refusal}; likely because of {because}")
 
 
 def dominated(one: Evaluated, others: Sequence[Evaluated]) -> str:
@@ -56,12 +74,10 @@ def _wrong(one: Evaluated, reference: Evaluated, budgets: Budgets, drop_max: flo
         f" {one.backend_version}"
     )
     if lost.drop > drop_max:
-        return (
-            f"answers are worse: {figures}, a loss of {lost.drop:.4f} where {drop_max:g} is allowed"
-        )
+        return f"{WORSE}: {figures}, a loss of {lost.drop:.4f} where {drop_max:g} is allowed"
     if lost.bound > drop_max:
         return (
-            f"not proven right: {figures}; at {budgets.confidence:.0%} confidence it may lose"
+            f"{UNPROVEN}: {figures}; at {budgets.confidence:.0%} confidence it may lose"
             f" {lost.bound:.4f}, allowed is {drop_max:g}; more samples may prove it"
         )
     return ""

@@ -22,9 +22,11 @@ from quantize import (
     datasets,
     evaluating,
     models,
+    observing,
     onnxruntime_door,
     packing,
     scratch,
+    verdict,
 )
 from quantize.building import Built, Chain
 from quantize.datasets import Split
@@ -91,7 +93,7 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
 
     Args:
         folder: where intermediate models are kept; a second run with the same recipe reuses them.
-        out: the bundle to write.
+        out: the bundle to write; it is not where nothing but the float model passed.
 
     Raises:
         EdgeError: the float model fails, or the bundle cannot be written.
@@ -103,6 +105,8 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
         for one in ready.chains
     ]
     evaluated, answers = evaluating.evaluate(ready.judge, built, say)
+    output = ready.judge.output
+    observed = observing.observe(ready.source, ready.split, built, answers, output, say)
     outcome = Outcome(
         name=ready.recipe.name,
         metric=ready.metric,
@@ -110,20 +114,21 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
         confidence=ready.recipe.budgets.confidence,
         drop_max=evaluating.drop_max(ready.judge),
         reference=built[0].variant.name,
-        evaluated=tuple(evaluated),
+        evaluated=tuple(verdict.explained(one, observed.findings) for one in evaluated),
         calibration=datasets.fingerprint(ready.split.calibration),
         machine=evaluating.machine() | {"libraries": onnxruntime_door.versions()},
         recipe=msgspec.to_builtins(ready.recipe),
         source_sha256=scratch.file_sha256(ready.source.path),
         seconds=time.monotonic() - began_s,
         notes=(*ready.recipe.notes, *ready.split.notes),
+        evaluation=datasets.fingerprint(ready.split.evaluation),
+        findings=observed.findings,
+        activations=observed.activations,
     )
     created = None
-    if out is not None:
+    if out is not None and outcome.has_gain:
         say(f"packing {len(outcome.shipped)} variants")
-        created = packing.pack(
-            ready.recipe, outcome, ready.split.evaluation, answers, ready.judge.output, out
-        )
+        created = packing.pack(ready.recipe, outcome, ready.split.evaluation, answers, output, out)
     return Finished(outcome, tuple(built), created)
 
 

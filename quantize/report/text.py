@@ -48,6 +48,10 @@ def _row(one: Evaluated, outcome: Outcome) -> tuple[str, ...]:
 
 
 def _reasons(outcome: Outcome) -> Iterator[str]:
+    if outcome.findings:
+        yield ""
+        yield "wrong with the data:"
+        yield from (f"  {one.fault}: {output.printable(one.text)}" for one in outcome.findings)
     refused = [one for one in outcome.evaluated if one.refusal]
     if refused:
         yield ""

@@ -1,0 +1,271 @@
+"""What is wrong with the data of a run, by name: found before anybody wonders about lost accuracy.
+
+Law of this file: pure; arrays and counts in, findings out. Every threshold is a probability or has
+its reason beside it, so that clean data raise no alarm. A quantizer believes its calibration set:
+each fault here leaves the float model right and its int8 variants wrong, or wrong for other inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from quantize.results import Activation, Finding
+
+Array = np.ndarray[Any, Any]
+
+CHANNEL_ORDER, SCALE, CLIPPED = "channel-order", "scale", "clipped-ranges"
+TRUNCATED, LABELS = "truncated-calibration", "labels"
+
+# Chance of a false alarm of each test, before it is divided by the number of tensors tried.
+ALARM = 1e-6
+# Channel orders are compared by a chi-square of at most a dozen terms: chance reaches 50 once in a
+# million runs. The other order must fit so many times better: another lamp also moves channels.
+ORDER_CHI2_MIN, ORDER_FACTOR = 50.0, 4.0
+CHANNELS_MAX = 6  # 720 orders; a tensor with more is no image and no sensor of six axes
+# Largest values of two draws of the same data differ by less; 0..255 against 0..1 by 255, and
+# 0..1 against (x - mean) / std by 2 with negative values where there were none.
+SCALE_FACTOR = 4.0
+NEGATIVE_SHARE = 0.05
+# Percentile 99.99 cuts off 0.01 % by intent, and what a range of least error cut off in our models
+# was less; 1 % of a tensor's values flattened to its ends is a mistake.
+CLIPPED_SHARE = 0.01
+# One new sample in n + 1 leaves the range of n samples: with fewer than 50 that is 2 % per tensor.
+SAMPLES_MIN = 50
+# A class that should be there so often is missing by chance once in a million.
+EXPECTED_MIN = -float(np.log(ALARM))
+# The float model right on so much less than its own answers, renamed, could be: labels are renamed.
+RENAMED_FACTOR = 0.5
+PER_CLASS_MIN = 5
+NAMED = 3  # of many tensors or classes, so many are named
+
+
+def inputs(calibration: Mapping[str, Array], evaluation: Mapping[str, Array]) -> list[Finding]:
+    """Scale and channel order of each input; [samples, ...] each."""
+    found: list[Finding] = []
+    for name, mine in calibration.items():
+        other = evaluation[name]
+        if mine.dtype.kind not in "fiu" or not mine.size:
+            continue
+        wrong = [*_scale(name, mine, other)] or [*_channel_order(name, mine, other)]
+        found += wrong
+    return found
+
+
+def _scale(name: str, mine: Array, other: Array) -> Iterator[Finding]:
+    large, want = _largest(mine), _largest(other)
+    if large > SCALE_FACTOR * want or want > SCALE_FACTOR * large:
+        yield Finding(
+            SCALE,
+            f"input {name!r} of the calibration set reaches {large:.3g}, of the evaluation set"
+            f" {want:.3g}: scale both alike (0..255 against 0..1 is the usual mistake)",
+        )
+        return
+    below = [float((one < 0).mean()) for one in (mine, other)]
+    if min(below) == 0 and max(below) > NEGATIVE_SHARE:
+        without, having = (
+            ("evaluation", "calibration") if below[0] else ("calibration", "evaluation")
+        )
+        yield Finding(
+            SCALE,
+            f"{max(below):.0%} of input {name!r} are negative in the {having} set, none in the"
+            f" {without} set: mean and deviation were taken off one of them only",
+        )
+
+
+def _largest(array: Array) -> float:
+    """The size that one value in a thousand reaches: one odd pixel is no scale."""
+    return float(np.quantile(np.abs(array.reshape(-1)[:: max(array.size // 1_000_000, 1)]), 0.999))
+
+
+def _channel_order(name: str, mine: Array, other: Array) -> Iterator[Finding]:
+    axis = channel_axis(mine.shape)
+    if axis is None or len(mine) < 2 or len(other) < 2:
+        return
+    ours, theirs = _by_channel(mine, axis), _by_channel(other, axis)
+    count = mine.shape[axis]
+    misfit = {order: _misfit(ours, theirs, order) for order in itertools.permutations(range(count))}
+    given = misfit.pop(tuple(range(count)))
+    best = min(misfit, key=lambda order: misfit[order])
+    if given > ORDER_CHI2_MIN and given > ORDER_FACTOR * misfit[best]:
+        yield Finding(
+            CHANNEL_ORDER,
+            f"channels of input {name!r} look swapped in the calibration set: taken as"
+            f" {list(best)} they fit the evaluation set, as given they do not (misfit"
+            f" {misfit[best]:.3g} against {given:.3g}); RGB and BGR?",
+        )
+
+
+def channel_axis(shape: Sequence[int]) -> int | None:
+    """Which axis of [samples, ...] holds a few channels: the second, else the last."""
+    if len(shape) < 3:
+        return None
+    return next((axis for axis in (1, len(shape) - 1) if 2 <= shape[axis] <= CHANNELS_MAX), None)
+
+
+def _by_channel(array: Array, axis: int) -> Array:
+    """Per sample and channel: mean, and deviation, without what all channels share.
+
+    Returns:
+        [samples, 2, channels]
+    """
+    rows = np.moveaxis(array, axis, 1)
+    flat = rows.reshape(*rows.shape[:2], -1).astype(np.float64)
+    both = np.stack([flat.mean(axis=2), flat.std(axis=2)], axis=1)
+    return np.asarray(both - both.mean(axis=2, keepdims=True))
+
+
+def _misfit(mine: Array, other: Array, order: tuple[int, ...]) -> float:
+    """Squared differences of the sets' means in units of their standard errors, summed."""
+    mine = mine[:, :, list(order)]
+    error = mine.var(axis=0) / len(mine) + other.var(axis=0) / len(other)
+    lost = (mine.mean(axis=0) - other.mean(axis=0)) ** 2
+    return float((lost / np.maximum(error, 1e-12)).sum())
+
+
+# --- ranges ---------------------------------------------------------------------------------------
+
+
+def few(samples: int) -> list[Finding]:
+    """Whether the calibration set is too small to know ranges."""
+    if samples >= SAMPLES_MIN:
+        return []
+    return [
+        Finding(
+            TRUNCATED,
+            f"the calibration set has {samples} samples: of each tensor one new sample in"
+            f" {samples + 1} leaves the range they show; give {SAMPLES_MIN} or more",
+        )
+    ]
+
+
+def beyond(activations: Sequence[Activation], samples: int) -> list[Finding]:
+    """Whether evaluation samples leave the calibrated ranges more often than chance explains.
+
+    If both sets are drawn alike, a share s of new samples is beyond the largest of n with
+    probability (1 - s)^n, whatever the distribution.
+    """
+    tests = max(2 * len(activations), 1)
+    worst = sorted(
+        (one for one in activations if (1 - one.beyond) ** samples < ALARM / tests),
+        key=lambda one: -one.beyond,
+    )
+    if not worst:
+        return []
+    named = ", ".join(f"{one.name} {one.beyond:.0%}" for one in worst[:NAMED])
+    return [
+        Finding(
+            TRUNCATED,
+            f"the calibration set does not show what the evaluation set holds: of {len(worst)}"
+            f" tensors more samples leave the calibrated range than one in {samples + 1} ({named})",
+        )
+    ]
+
+
+def clipped(activations: Sequence[Activation]) -> list[Finding]:
+    """Ranges that cut off what the calibration set itself shows, by variant."""
+    variants = dict.fromkeys(name for one in activations for name in one.clippings)
+    found = []
+    for variant in variants:
+        cut = [(one, one.clippings[variant]) for one in activations if variant in one.clippings]
+        cut = [(one, how) for one, how in cut if how.calibration > CLIPPED_SHARE]
+        if cut:
+            cut.sort(key=lambda pair: -pair[1].calibration)
+            named = "; ".join(
+                f"{one.name}: {how.evaluation:.1%} of values outside {how.low:.3g}..{how.high:.3g}"
+                for one, how in cut[:NAMED]
+            )
+            found.append(
+                Finding(
+                    CLIPPED,
+                    f"{variant}: ranges of {len(cut)} tensors are clipped ({named}); raise the"
+                    " percentile, or use minmax",
+                )
+            )
+    return found
+
+
+# --- classes --------------------------------------------------------------------------------------
+
+
+def missing_classes(calibration: Array, evaluation: Array) -> list[Finding]:
+    """Classes that the calibration set should hold and does not; one class by sample each."""
+    classes, counts = np.unique(evaluation, return_counts=True)
+    expected = counts / len(evaluation) * len(calibration)
+    here = np.isin(classes, calibration)
+    gone = classes[(expected >= EXPECTED_MIN) & ~here]
+    if not len(gone):
+        return []
+    named = ", ".join(str(one) for one in gone[: 2 * NAMED])
+    return [
+        Finding(
+            TRUNCATED,
+            f"{len(gone)} of {len(classes)} classes are missing in the calibration set ({named}):"
+            " ranges of what only they excite may be too small",
+        )
+    ]
+
+
+def labels(answers: Array, given: Array) -> list[Finding]:
+    """Labels that do not fit the float model.
+
+    Args:
+        answers: its outputs [samples, classes]. given: [samples], integers.
+    """
+    classes, said = answers.shape[1], answers.argmax(axis=1)
+    if given.min() < 0 or given.max() >= classes:
+        return [
+            Finding(
+                LABELS,
+                f"labels reach from {given.min()} to {given.max()}, the model has {classes}"
+                f" classes: 0 to {classes - 1}",
+            )
+        ]
+    right = float((said == given).mean())
+    names, usual, mapped = _renamed(said, given)
+    guess = max(float((given == one).mean()) for one in names)
+    if len(given) >= PER_CLASS_MIN * len(names) and len(names) > 1:
+        # Naming a class after its most frequent answer fits chance too, the more the fewer samples.
+        chance = guess + 3 / np.sqrt(len(given) / len(names))
+        if right < RENAMED_FACTOR * mapped and mapped > chance:
+            moved = [f"{a} is answered {b}" for a, b in zip(names, usual, strict=True) if a != b]
+            return [
+                Finding(
+                    LABELS,
+                    f"labels look renamed: the float model is right on {right:.0%}, with other"
+                    f" names for the classes on {mapped:.0%} ({', '.join(moved[:NAMED])})",
+                )
+            ]
+    if right <= guess and len(given) >= SAMPLES_MIN and len(names) > 1:
+        return [
+            Finding(
+                LABELS,
+                f"the float model itself is right on {right:.1%} of the samples, to guess one class"
+                f" gives {guess:.1%}: labels or the scale of inputs do not belong to this model",
+            )
+        ]
+    return []
+
+
+def _renamed(said: Array, given: Array) -> tuple[list[int], list[int], float]:
+    """Classes, what each is most often answered with, and the share right if named so."""
+    names = [int(one) for one in np.unique(given)]
+    usual = [int(np.bincount(said[given == one]).argmax()) for one in names]
+    hits = sum(
+        int((said[given == one] == answer).sum()) for one, answer in zip(names, usual, strict=True)
+    )
+    distinct = len(set(usual)) / len(names)  # everything answered alike is no renaming
+    return names, usual, hits / len(given) * distinct
+
+
+def reason(findings: Sequence[Finding], variant: str) -> str:
+    """What of the data may explain that a variant answers wrongly; empty if nothing does."""
+    mine = [
+        one
+        for one in findings
+        if one.fault != LABELS and (one.fault != CLIPPED or one.text.startswith(f"{variant}:"))
+    ]
+    return "; ".join(f"{one.fault}: {one.text.removeprefix(f'{variant}: ')}" for one in mine)

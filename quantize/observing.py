@@ -1,0 +1,203 @@
+"""What quantized tensors hold: the float model run over both sets, beside the variants' ranges.
+
+Law of this file: it runs and counts; what the figures mean is decided in `checks`. Samples are run
+one at a time, because what counts is how many of them leave a range; extremes are of every value,
+histograms of a bounded number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from quantize import checks, onnx_door, onnxruntime_door, ranges
+from quantize.building import Built
+from quantize.datasets import Dataset, Split
+from quantize.models import ModelFile
+from quantize.passes import Bench, Feeds, Say
+from quantize.ranges import Histogram
+from quantize.results import Activation, Clipping, Finding
+
+Array = np.ndarray[Any, Any]
+
+SAMPLES_MAX = 512  # of each set: a share of 1 % is then known to half a point
+VALUES_MAX = 1 << 16  # counted per tensor and sample; of larger ones every k-th
+SHOWN_BINS = 64  # of a histogram in an outcome
+
+
+class Seen(NamedTuple):
+    """Of one tensor over one set: extremes by sample [samples], and counts."""
+
+    low: Array
+    high: Array
+    histogram: Histogram
+
+
+class Observed(NamedTuple):
+    """What was found."""
+
+    activations: tuple[Activation, ...]
+    findings: tuple[Finding, ...]
+
+
+def observe(
+    source: ModelFile,
+    split: Split,
+    built: Sequence[Built],
+    answers: Mapping[str, Array],
+    output: str,
+    say: Say,
+) -> Observed:
+    """Tensors that a variant quantizes, and every check of `checks`.
+
+    Args:
+        answers: the float model's for the evaluation samples. output: the one that is judged.
+    """
+    found = checks.inputs(split.calibration.inputs, split.evaluation.inputs)
+    kept = _ranges(built)
+    activations: tuple[Activation, ...] = ()
+    if source.path.suffix == ".onnx" and kept:
+        say("looking at what quantized tensors hold")
+        activations = _activations(source, split, kept)
+    if not found:  # else the rest follows from it
+        found = _of_ranges(activations, split.calibration)
+    found += checks.clipped(activations)
+    found += _of_labels(split.evaluation, answers[output])
+    found += _of_classes(source, split, answers[output], output)
+    return Observed(activations, tuple(found))
+
+
+def _of_ranges(activations: Sequence[Activation], calibration: Dataset) -> list[Finding]:
+    used = min(len(calibration), SAMPLES_MAX)
+    return checks.few(len(calibration)) or checks.beyond(activations, used)
+
+
+def _of_labels(data: Dataset, answers: Array) -> list[Finding]:
+    given = _classes(data)
+    if given is None or answers.ndim != 2 or answers.shape[1] < 2:
+        return []
+    return checks.labels(answers, given)
+
+
+def _of_classes(source: ModelFile, split: Split, answers: Array, output: str) -> list[Finding]:
+    """By the labels of both sets, or by what the float model says of both."""
+    mine, given = _classes(split.calibration), _classes(split.evaluation)
+    if mine is None or given is None:
+        if source.path.suffix != ".onnx" or answers.ndim != 2 or answers.shape[1] < 2:
+            return []
+        runs = _values(source, _first(split.calibration), {output})
+        mine = np.array([int(values[output].argmax()) for values in runs])
+        given = answers.argmax(axis=1)
+    return checks.missing_classes(mine, given)
+
+
+def _classes(data: Dataset) -> Array | None:
+    """One class a sample; None where labels are missing or say something else."""
+    given = data.labels
+    if given is None or given.dtype.kind not in "iu" or given.size != len(given):
+        return None
+    return given.reshape(-1)
+
+
+def _ranges(built: Sequence[Built]) -> dict[str, dict[str, tuple[float, float]]]:
+    """By tensor and variant."""
+    kept: dict[str, dict[str, tuple[float, float]]] = {}
+    for one in built:
+        if one.path is not None and one.path.suffix == ".onnx" and one.steps:
+            for tensor, span in onnx_door.quantized_ranges(onnx_door.load(one.path)).items():
+                kept.setdefault(tensor, {})[one.variant.name] = span
+    return kept
+
+
+def _activations(
+    source: ModelFile, split: Split, kept: dict[str, dict[str, tuple[float, float]]]
+) -> tuple[Activation, ...]:
+    sets = [_first(one) for one in (split.calibration, split.evaluation)]
+    limits = [_extremes(source, one, set(kept)) for one in sets]
+    edges = {
+        name: (
+            min(0.0, *(float(each[name][0].min()) for each in limits)),
+            max(0.0, *(float(each[name][1].max()) for each in limits)),
+        )
+        for name in limits[0]
+    }
+    counts = [_counts(source, one, set(kept), edges) for one in sets]
+    calibration, evaluation = (
+        {name: Seen(*each[name], counted[name]) for name in edges}
+        for each, counted in zip(limits, counts, strict=True)
+    )
+    order = [name for name in kept if name in edges]
+    return tuple(_activation(name, calibration[name], evaluation[name], kept) for name in order)
+
+
+def _activation(
+    name: str,
+    calibration: Seen,
+    evaluation: Seen,
+    kept: dict[str, dict[str, tuple[float, float]]],
+) -> Activation:
+    seen = float(calibration.low.min()), float(calibration.high.max())
+    outside = (evaluation.low < seen[0]) | (evaluation.high > seen[1])
+    clippings = {
+        variant: Clipping(
+            low,
+            high,
+            ranges.saturated(calibration.histogram, low, high),
+            ranges.saturated(evaluation.histogram, low, high),
+        )
+        for variant, (low, high) in kept[name].items()
+    }
+    return Activation(
+        name,
+        calibration.histogram.low,
+        calibration.histogram.high,
+        _coarse(calibration.histogram),
+        _coarse(evaluation.histogram),
+        seen,
+        float(outside.mean()),
+        clippings,
+    )
+
+
+def _coarse(histogram: Histogram) -> tuple[int, ...]:
+    return tuple(int(one) for one in histogram.counts.reshape(SHOWN_BINS, -1).sum(axis=1))
+
+
+def _extremes(source: ModelFile, feeds: Feeds, wanted: set[str]) -> dict[str, tuple[Array, Array]]:
+    """By tensor its smallest and largest value of each sample."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for values in _values(source, feeds, wanted):
+        for name, value in values.items():
+            found.setdefault(name, []).append((float(value.min()), float(value.max())))
+    return {
+        name: (np.array([low for low, _ in each]), np.array([high for _, high in each]))
+        for name, each in found.items()
+    }
+
+
+def _counts(
+    source: ModelFile, feeds: Feeds, wanted: set[str], edges: Mapping[str, tuple[float, float]]
+) -> dict[str, Histogram]:
+    found: dict[str, Histogram] = {}
+    for values in _values(source, feeds, wanted):
+        for name, value in values.items():
+            flat = value.reshape(-1)[:: max(value.size // VALUES_MAX, 1)]
+            found[name] = ranges.counted(found.get(name), flat, *edges[name])
+    return found
+
+
+def _values(source: ModelFile, feeds: Feeds, wanted: set[str]) -> Iterator[Feeds]:
+    """One sample's tensors at a time; inputs among them."""
+    bench = Bench(feeds, source.inputs, source.outputs, None, 0, lambda what: None)
+    given = {name for name in feeds if name in wanted}
+    runs = onnxruntime_door.activations(Path(source.path), feeds, bench, wanted - set(feeds))
+    for index, values in enumerate(runs):
+        own = {name: feeds[name][index : index + 1] for name in given}
+        yield {name: value for name, value in (own | values).items() if value.size}
+
+
+def _first(data: Dataset) -> Feeds:
+    return {name: array[:SAMPLES_MAX] for name, array in data.inputs.items()}

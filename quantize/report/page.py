@@ -1,0 +1,8 @@
+"""placeholder"""
+
+from quantize.results import Outcome
+
+
+def page(outcome: Outcome) -> str:
+    """Page."""
+    return outcome.name
