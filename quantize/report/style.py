@@ -65,7 +65,8 @@ svg text.shipped, svg text.refused, svg text.reference { stroke: var(--card); st
 .cut { fill: var(--refused); fill-opacity: .12; }
 .edge { stroke: var(--refused); stroke-width: 1.2; }
 .rows { display: grid;
-  grid-template-columns: minmax(76px, max-content) minmax(60px, 1fr) max-content; column-gap: 12px; row-gap: 6px; align-items: center; font-size: 13px;
+  grid-template-columns: minmax(76px, max-content) minmax(60px, 1fr) max-content;
+  column-gap: 12px; row-gap: 6px; align-items: center; font-size: 13px;
   font-variant-numeric: tabular-nums; }
 .rows > .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 190px; }
 @media (max-width: 520px) { .rows > .name { max-width: 104px; } main { padding: 18px 12px 40px; }
