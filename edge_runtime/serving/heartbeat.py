@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_runtime.errors import EdgeError, GoldenError
+from edge_runtime.errors import GoldenError
 from edge_runtime.serving import goldens
 from edge_runtime.serving.goldens import Run
 from edge_runtime.serving.spec import GoldenFile, GoldenPair, WorkerSpec
@@ -22,6 +22,8 @@ from edge_runtime.serving.spec import GoldenFile, GoldenPair, WorkerSpec
 SUSPEND_NS_MIN = 100_000_000
 # When every request fails, goldens after errors take at most this share of the time.
 ERROR_SHARE = 0.05
+# So many goldens in a row that fail are no bad moment of the library: it answers nothing any more.
+FAILURES_MAX = 3
 
 
 class Beats(NamedTuple):
@@ -82,6 +84,7 @@ class Heart:
         self._idle_s = spec.heartbeat_idle_s
         self._slept_ns = slept_ns
         self._next = 0
+        self._failures = 0  # in a row
         self._beats = Beats(now_ns, slept_ns=slept_ns())
         self.reason = ""
         self.pressing = False
@@ -103,23 +106,36 @@ class Heart:
     def beat(self, clock: Callable[[], int]) -> GoldenError | None:
         """Run the next golden: the error when the answer is not the recorded one.
 
-        A model that fails is not one that is wrong: nothing is said here then, and the next golden
-        comes soon. One that cannot be read any more, or has rotted on the disk, is passed over.
+        A model that fails once is not wrong: nothing is said here then, and the next golden comes
+        soon; one that fails so often in a row has lost its device. A golden that cannot be read any
+        more, or has rotted on the disk, is passed over.
         """
         index = self._next
         self._next = (index + 1) % len(self._pairs)
         began_ns = clock()
-        failed, wrong = False, None
+        failed, wrong = "", None
         try:
             goldens.check(self._run, self._pairs[index : index + 1], *self._tolerance, first=index)
         except GoldenError as error:
             wrong = error if all(map(_intact, _files(self._pairs[index]))) else None
-        except (EdgeError, OSError):
-            failed = True
+        except OSError:
+            pass  # the recording is gone, which says nothing of the model
+        except Exception as failure:  # noqa: BLE001 - a worker must live, whatever a model raises
+            failed = str(failure) or type(failure).__name__
         now_ns = clock()
-        self._beats = Beats(now_ns, now_ns - began_ns, failed, self._slept_ns())
+        self._beats = Beats(now_ns, now_ns - began_ns, bool(failed), self._slept_ns())
         self.reason, self.pressing = "", False
+        self._failures = self._failures + 1 if failed else 0
+        if self._failures >= FAILURES_MAX:
+            return _lost(self._failures, failed)
         return wrong
+
+
+def _lost(failures: int, failed: str) -> GoldenError:
+    return GoldenError(
+        f"the newest {failures} goldens all failed: {failed}",
+        remedy="see `edge-runtime doctor`: the library or its device does not answer any more",
+    )
 
 
 def _files(pair: GoldenPair) -> tuple[GoldenFile, ...]:

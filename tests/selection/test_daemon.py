@@ -345,6 +345,26 @@ def test_a_variant_that_begins_to_lie_is_found_by_the_heartbeat_and_left(
     print(f"lied: found after {len(wrong)} wrong answers, {asker.gap_ms():.0f} ms without any")
 
 
+def test_a_variant_that_answers_nothing_but_errors_any_more_is_left(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    """As with an accelerator that has gone: every run fails, the goldens too."""
+    daemon = make_daemon({"workers": WORKERS}).start()
+    add(daemon, "m", [("quick", fault("raise", first_run=15_000)), ("slow", SLOW)])
+    failures = 0
+    with daemon.client() as client:
+        for _ in range(20_000):
+            try:
+                client.infer("m", {"x": filled(3.0)})
+            except ModelError:
+                failures += 1
+            if failures and serving(daemon, "m") == "slow":
+                break
+        assert failures and float(client.infer("m", {"x": filled(3.0)})["y"][0, 0]) == 7.0
+    (event,) = daemon.events("variant_failed_over")
+    assert event["fields"]["cause"] == "golden" and "3 goldens all failed" in event["message"]
+
+
 def test_a_lone_variant_that_begins_to_lie_is_replaced_by_a_fresh_worker(
     make_daemon: Callable[..., Daemon],
 ) -> None:

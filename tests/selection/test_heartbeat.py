@@ -115,6 +115,18 @@ def test_a_model_that_fails_is_not_wrong_and_is_looked_at_again_soon(patient: Pa
     assert heart.pressing and heart.reason == "the library failed"
 
 
+def test_a_model_that_fails_golden_after_golden_has_lost_its_device(patient: Patient) -> None:
+    heart = patient.heart()
+    patient.ill = BackendError("the bus hung up")
+    assert [heart.beat(lambda: SECOND) for _ in range(2)] == [None, None]
+    lost = heart.beat(lambda: SECOND)
+    assert lost is not None and "3 goldens all failed: the bus hung up" in lost.message
+    patient.ill = 0.0
+    assert heart.beat(lambda: SECOND) is None
+    patient.ill = ValueError("not one of our errors")
+    assert heart.beat(lambda: SECOND) is None
+
+
 def test_a_recording_that_rotted_on_the_disk_does_not_condemn_the_model(patient: Patient) -> None:
     heart = patient.heart()
     Path(patient.pairs[0].outputs[0].path).write_bytes(b"\1" * 16)
@@ -239,6 +251,18 @@ def test_a_connection_that_still_comes_goes_back_with_its_request(
     assert [type(message) for message in told(rig)] == [channel.Returned]
     assert patient.asked.count(3.0) == 0
     assert [one.code for one in slow.answers()] == [""]  # from before it was known
+
+
+def test_after_a_suspend_the_next_sweep_has_a_golden_run(
+    build: Callable[..., Rig], patient: Patient
+) -> None:
+    rig = rig_of(build, patient)
+    client = rig.client()
+    client.ask(infer(3.0))
+    patient.slept_ns = 30 * SECOND
+    rig.worker._sweep_at_ns = 0  # a second has passed
+    assert client.ask(infer(3.0)).array()[0, 0] == 7.0
+    assert patient.asked == [3.0, 3.0, 1.0] and rig.status[page.GOLDENS] == 1
 
 
 # --- measuring ------------------------------------------------------------------------------------
