@@ -27,6 +27,9 @@ from edge_runtime.wire import frames, messages
 # When memory for tensors is short: a body takes milliseconds to arrive on a unix socket; one that
 # takes longer than this is not being sent.
 BODY_NS_MAX = 1_000_000_000
+# A run counts for at most four of those before it (and this, where those are very short): when it
+# took longer, the processor was somebody else's, and nobody is refused for that.
+RUN_NS_SPIKE = 100_000
 # So many may wait however long a run takes: as many clients that ask one by one are never refused.
 PLACES_MIN = 16
 # A turn that refuses reads for so long; what is left waits in its sockets for the next turn, where
@@ -88,6 +91,11 @@ class Admission:
         self.refusals: dict[Connection, list[int]] = {}
         self._refusal = b"", b""  # the newest "overloaded" frame, before and behind its id
         self._refusal_until_ns = 0
+
+    def ran(self, run_ns: int) -> None:
+        """A request's run (or its share of one) took so long."""
+        mean_ns = self.run_ns_mean
+        self.run_ns_mean += (min(run_ns, 4 * mean_ns + RUN_NS_SPIKE) - mean_ns) * 0.1
 
     # -- turns -------------------------------------------------------------------------------------
 

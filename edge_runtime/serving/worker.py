@@ -489,7 +489,7 @@ class Worker:
         if run_ns:
             page.observe(status, page.QUEUE, began_ns - request.read_ns)
             load = self._admission
-            load.run_ns_mean += (run_ns - load.run_ns_mean) * 0.1
+            load.ran(run_ns)
             if load.restraint is not None:
                 load.restraint.ran(run_ns)
         if owner.fd < 0:

@@ -57,6 +57,19 @@ def test_as_many_may_wait_as_run_within_the_time_that_is_configured(
     assert waits_at_most(rig, 70) == may
 
 
+def test_one_run_that_took_long_by_accident_costs_nobody_a_place(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(monkeypatch, 1000.0)
+    rig = build(NumpyModel(slow), queue_ms_max=80, queue_requests_max=50)
+    rig.worker._admission.run_ns_mean = 1e6
+    rig.client().ask(infer(0.0))
+    assert waits_at_most(rig, 70) == 50
+    for _ in range(20):  # but a model that has become slow is found out
+        rig.client().ask(infer(0.0))
+    assert waits_at_most(rig, 70) == 16
+
+
 def test_a_smaller_count_goes_before_the_few_that_may_always_wait(build: Build) -> None:
     assert waits_at_most(build(queue_ms_max=80, queue_requests_max=5), 30) == 5
 
