@@ -399,12 +399,14 @@ class Deployment:
 
     async def _reselect(self) -> None:
         """Never raises: what serves goes on."""
+        generation = self.active
         try:
+            # Before the lock: who holds it counts as busy, and is not asked to make room.
+            if generation is None or not await self._selector.outdated(generation):
+                return
             async with self._lock:
-                generation, old = self.active, self.worker
-                if generation is None or old is None or self._closing:
-                    return
-                if not await self._selector.outdated(generation):
+                old = self.worker
+                if old is None or self.active is not generation or self._closing:
                     return
                 worker, same = await self._loaded(generation, asked=False, choose=True)
                 if not same:
