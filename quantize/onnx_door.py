@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edge_runtime.errors import ModelError, UsageError
 
 # protobuf's own limit for one message; a larger model needs external data, which lint refuses.
@@ -78,6 +80,29 @@ def quantized_ranges(model: Any) -> dict[str, tuple[float, float]]:
         step, middle = float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0])
         found[node.input[0]] = step * (least - middle), step * (least + (1 << bits) - 1 - middle)
     return found
+
+
+def lift_constants(model: Any) -> None:
+    """Constant nodes of the graph as initializers under the same names; `model` is changed."""
+    lifted = [(node, _constant(node)) for node in model.graph.node if node.op_type == "Constant"]
+    for node, tensor in lifted:
+        if tensor is not None:
+            tensor.name = node.output[0]
+            model.graph.initializer.append(tensor)
+            model.graph.node.remove(node)
+
+
+def _constant(node: Any) -> Any:
+    """A Constant node's value as a TensorProto; None for strings and sparse tensors."""
+    onnx, attribute = library(), node.attribute[0]
+    value = onnx.helper.get_attribute_value(attribute)
+    if attribute.name == "value":
+        copy = onnx.TensorProto()
+        copy.CopyFrom(value)
+        return copy
+    kinds = {"value_float": "f4", "value_floats": "f4", "value_int": "i8", "value_ints": "i8"}
+    kind = kinds.get(attribute.name)
+    return onnx.numpy_helper.from_array(np.array(value, kind)) if kind else None
 
 
 def version() -> str:

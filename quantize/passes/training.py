@@ -36,7 +36,7 @@ class FineTune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise UsageError(
                 f"{self.train!r} names no function", where="train", expected="module:function"
             )
-        torch_door.fine_tune(source, out, self.train, bench.seed)
+        torch_door.fine_tune(source, out, self.train, bench.seed, bench.say)
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch_door.version()}
