@@ -10,10 +10,12 @@ keys as options of the variant (which win), say how slow the model is and how it
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,6 +72,8 @@ class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         load_ms, run_ms: time added to a load and to each run.
         busy: spend it on the processor instead of sleeping.
         concurrent: what the loaded model says of itself.
+        device_node: a file that stands for an accelerator: the model is placed there, and like the
+            driver of a real one this backend refuses a node that another process has open.
         faults: in the order in which they are tried.
     """
 
@@ -77,6 +81,7 @@ class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run_ms: Milliseconds = 0.0
     busy: bool = False
     concurrent: bool = True
+    device_node: str = ""
     faults: tuple[Fault, ...] = ()
 
 
@@ -157,18 +162,19 @@ class Reference:
         behaviour = typed.decode(Behaviour, {**msgspec.to_builtins(document.behaviour), **options})
         graph = compile_graph(document, where=str(artifact))
         trouble = _Trouble(behaviour, self._sleep, self._clock)
+        device = _open_node(Path(behaviour.device_node)) if behaviour.device_node else "CPU"
         trouble.at_load()
-        return ReferenceModel(graph, trouble)
+        return ReferenceModel(graph, trouble, device)
 
 
 class ReferenceModel:
     """A loaded document. Runs count from 1 over all threads and bindings."""
 
-    placement = (Placement("CPU", "numpy"),)
     keeps_state = False
     facts: Mapping[str, Any] = {}
 
-    def __init__(self, graph: _Graph, trouble: _Trouble) -> None:
+    def __init__(self, graph: _Graph, trouble: _Trouble, device: str) -> None:
+        self.placement = (Placement(device, "numpy"),)
         self.inputs = graph.inputs
         self.outputs = graph.outputs
         self.concurrent = trouble.behaviour.concurrent
@@ -357,6 +363,35 @@ def _array(weights: Weights | None, where: str) -> Array | None:
         return np.array(weights, dtype=np.float32)
     except (ValueError, TypeError, IndexError, MemoryError) as e:
         raise BackendError(f"weights that are no array: {e}", where=where) from e
+
+
+# --- the accelerator that is none ---
+
+
+_nodes: dict[Path, int] = {}  # open in this process, until its end, for all its models
+_nodes_guard = threading.Lock()
+
+
+def _open_node(path: Path) -> str:
+    """Have a device node open; the name of the device. Raises: BackendError."""
+    with _nodes_guard:
+        if path not in _nodes:
+            _nodes[path] = _open_alone(path)
+    return path.name.upper()
+
+
+def _open_alone(path: Path) -> int:
+    """A descriptor of a node that no other process has open. Raises: BackendError."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as e:
+        raise BackendError(f"the device cannot be opened: {e.strerror}", where=str(path)) from e
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        os.close(fd)
+        raise BackendError("the device is in use by another process", where=str(path)) from e
+    return fd
 
 
 # --- the trouble: what a bad model, wheel or driver does to its process ---

@@ -346,6 +346,7 @@ class Commands:
             "version": spec.version,
             "variant": spec.variant,
             "backend": spec.backend,
+            "host": spec.host,
             "state": state if worker.serving else worker.phase,
             "connections": worker.connections(),
             "requests": status[page.REQUESTS],
@@ -363,7 +364,7 @@ class Commands:
             "batch_reason": worker.report.batch_reason if worker.report else "",
             "sandbox": worker.report.sandbox if worker.report else [],
             "uptime_s": (self._daemon.clock.monotonic_ns() - worker.started_ns) / 1e9,
-            **_memory(worker.pid),
+            **worker.memory()._asdict(),
         }
 
     async def status(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:

@@ -123,7 +123,9 @@ class Crew:
     def note_loaded(self, worker: WorkerProcess) -> int:
         """A worker is loaded, which is a use of the model; the private bytes that it takes."""
         taken_bytes = self._taken_bytes(worker)
-        self._needs_bytes[worker.spec.generation, worker.spec.variant] = taken_bytes
+        # One that joins others may find memory that one before it has left: it says too little.
+        need_bytes = max(taken_bytes, self.expected_bytes(worker.spec) if worker.shares else 0)
+        self._needs_bytes[worker.spec.generation, worker.spec.variant] = need_bytes
         self.last_used_ns = self._loaded_ns = self._parts.clock.monotonic_ns()
         return taken_bytes
 
@@ -165,7 +167,7 @@ class Crew:
         known = self._measured.get(worker)
         if known is not None and now_ns < known[0]:
             return known[1]
-        taken_bytes = memory.of(worker.pid).private_bytes if worker.pid else 0
+        taken_bytes = worker.memory().private_bytes
         if worker.report is not None:
             self._measured[worker] = now_ns + MEASURED_NS, taken_bytes
         return taken_bytes
@@ -197,11 +199,14 @@ class Crew:
         if not worker.alive:
             return 0
         self.note_leaving(worker)
-        freed = memory.of(worker.pid).private_bytes
+        had = memory.of(worker.pid).private_bytes
         await worker.stop(STOP_GRACE_S)
+        stays = worker.stays_bytes()
+        freed = max(had - stays, 0)
         self._parts.emit(
             "worker_stopped",
-            f"{self._parts.name}@{worker.spec.version} stopped, {freed} bytes came back",
+            f"{self._parts.name}@{worker.spec.version} stopped, {freed} bytes came back"
+            + (f"; {stays} bytes stay with the others of its process" if stays else ""),
             version=worker.spec.version,
             pid=worker.pid,
             freed_bytes=freed,

@@ -30,7 +30,7 @@ from edge_runtime.errors import (
     UnavailableError,
 )
 from edge_runtime.serving import health, standing
-from edge_runtime.serving.health import Death
+from edge_runtime.serving.health import Cause, Death
 from edge_runtime.store import Generation, Store, Switch
 
 # How many deaths are remembered: more than any sensible deaths_max.
@@ -547,7 +547,9 @@ class Deployment:
         if serving:
             self._crew.worker = None
             self.state, self.reason = "backoff", death.detail
-            if not self._leave_variant(worker, death):
+            if death.cause is Cause.NEIGHBOUR:  # whoever it was is counted; this one is not
+                self._recovery = self._crew.spawn(self._recover(health.Verdict(0.0, False)))
+            elif not self._leave_variant(worker, death):
                 self._after_death()
 
     def _leave_variant(self, worker: WorkerProcess, death: Death) -> bool:

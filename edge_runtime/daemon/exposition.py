@@ -63,7 +63,7 @@ def model_document(daemon: Supervisor, name: str, *, buckets: bool) -> dict[str,
     """What a model did since the daemon started, and what it has now."""
     now_ns = daemon.clock.monotonic_ns()
     running = [worker for worker, one in daemon.statistics.workers().items() if one.model == name]
-    sizes = [memory.of(worker.pid) for worker in running if worker.pid]
+    sizes = [worker.memory() for worker in running]
     counted: dict[str, Any] = msgspec.to_builtins(
         daemon.statistics.model(name, now_ns, buckets=buckets)
     )
@@ -127,7 +127,7 @@ def _workers(daemon: Supervisor) -> Iterator[Sample]:
         yield Sample("edge_worker_cpu_fallback", series, int(fell_back))
         for name, value in _GAUGES.items():
             yield Sample(name, series, sum(value(worker) for worker in workers))
-        yield from _memory(series, [memory.of(worker.pid) for worker in workers if worker.pid])
+        yield from _memory(series, [worker.memory() for worker in workers])
 
 
 def _info(worker: WorkerProcess, state: str) -> tuple[str, str, str]:

@@ -156,7 +156,7 @@ class Loader:
         limit_s = self._parts.worker_config.load_time_max_s
         try:
             async with asyncio.timeout(limit_s):
-                await self._parts.templates.fork(worker)
+                await self._parts.hosts.fork(worker)
                 report = await asyncio.shield(worker.ready)
         except TimeoutError:
             spec = worker.spec

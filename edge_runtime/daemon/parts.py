@@ -13,8 +13,8 @@ from edge_runtime.clock import Clock
 from edge_runtime.config import Config, WorkerConfig
 from edge_runtime.daemon.board import Board
 from edge_runtime.daemon.compiled import CompiledModels
+from edge_runtime.daemon.hosts import Hosts
 from edge_runtime.daemon.machine import Machine
-from edge_runtime.daemon.processes import Templates
 from edge_runtime.daemon.shelf import Shelf
 from edge_runtime.events import Events, Value
 from edge_runtime.serving import channel
@@ -31,7 +31,7 @@ class Parts(NamedTuple):
 
     name: str
     shelf: Shelf
-    templates: Templates
+    hosts: Hosts
     config: Config
     board: Board
     events: Events

@@ -16,7 +16,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -25,6 +25,7 @@ from edge_runtime.daemon import memory
 from edge_runtime.errors import BackendError, EdgeError, UnavailableError, from_document
 from edge_runtime.events import Events
 from edge_runtime.serving import channel, health, page
+from edge_runtime.serving import spec as specs
 from edge_runtime.serving.health import Cause, Death
 from edge_runtime.serving.spec import WorkerSpec
 from edge_runtime.wire import sockets
@@ -39,6 +40,10 @@ OOM_SAMPLES = 20
 # Compiled models that a worker may give us to keep: one for each device that it tries; more would
 # be a worker that wants to fill the disk.
 COMPILED_MAX = 4
+# A worker that shares its process with others cannot be killed without them. One that is not wanted
+# any more, and loads, is waited for so long: loads that take longer are rare, and one that hangs
+# keeps everybody else from the device.
+LEAVE_S_MAX = 10.0
 # What numpy's and the backends' own thread pools would start at import, before any fork.
 SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -178,13 +183,36 @@ class Line:
         self._queue.clear()
 
 
+class Forkable(Protocol):
+    """What a template makes a process of."""
+
+    phase: str
+    backend_version: str
+    is_host: bool  # of several workers
+
+    @property
+    def backend(self) -> str:
+        """Whose template it is forked from."""
+
+    def descriptors(self) -> list[int]:
+        """What the fork order carries: duplicates, for the template's line to close."""
+
+    def forked(self, pid: int, reaper: Reaper) -> None:
+        """The template has made the process."""
+
+    def not_forked(self, reason: str) -> None:
+        """There will be no process."""
+
+
 class WorkerProcess:
-    """One worker, from fork to end.
+    """One worker, from fork to end: a process, or a thread in a host (hosts.Host).
 
     Attributes:
         ready: done when it may serve; carries its failure otherwise.
-        ended: done when the process is gone.
+        ended: done when the process is gone, or the thread.
     """
+
+    is_host = False
 
     def __init__(
         self,
@@ -213,6 +241,7 @@ class WorkerProcess:
         self._hung_for_s: float | None = None
         self._oom_kills = deque([memory.oom_kills()], maxlen=OOM_SAMPLES)
         self._drained: asyncio.Future[int] | None = None
+        self._host: Sharing | None = None
         self._restraint = channel.Restrain()
         self._given: Counter[int] = Counter()  # connections by uid, less those that came back
         ours, self._theirs = channel.pair()
@@ -220,18 +249,48 @@ class WorkerProcess:
         self._page_fd = page.create()
         self.status = page.words(self._page_fd)
 
+    @property
+    def backend(self) -> str:
+        """See Forkable."""
+        return self.spec.backend
+
     def descriptors(self) -> list[int]:
         """What the fork order carries: duplicates, for the template's line to close."""
-        spec_fd = os.memfd_create("spec", os.MFD_CLOEXEC)
-        os.write(spec_fd, msgspec.msgpack.encode(self.spec))
-        os.lseek(spec_fd, 0, os.SEEK_SET)
-        return [os.dup(self._theirs.fileno()), os.dup(self._page_fd), spec_fd]
+        return [
+            os.dup(self._theirs.fileno()),
+            os.dup(self._page_fd),
+            specs.pass_on(self.spec),
+        ]
 
     def forked(self, pid: int, reaper: Reaper) -> None:
         """The template has made the process."""
         self.pid = pid
         self._part()
         reaper.watch(pid, self._end)
+
+    def joined(self, pid: int, host: Sharing) -> None:
+        """A host runs it in a thread, and tells when that has ended."""
+        self.pid, self._host = pid, host
+        self._part()
+
+    def left(self, exit_code: int) -> None:
+        """Its thread has ended."""
+        self._end(exit_code << 8)
+
+    def lost(self, status: int, failure: dict[str, Any], blame: str) -> None:
+        """The process that it shared has ended.
+
+        Args:
+            status: as `os.waitpid` gives it.
+            failure: what the host said of its end.
+            blame: who was the end of it, and how; "": perhaps this one.
+        """
+        self._line.drain()
+        self._failure = self._failure or failure
+        if blame and not self._failure and not self.stopping:
+            self._finish(Death(Cause.NEIGHBOUR, blame))
+        else:
+            self._end(status)
 
     def not_forked(self, reason: str) -> None:
         """There will be no process."""
@@ -246,6 +305,31 @@ class WorkerProcess:
     @property
     def alive(self) -> bool:
         return not self.ended.done()
+
+    @property
+    def shares(self) -> bool:
+        """Whether it has its process not for itself."""
+        return self._host is not None
+
+    @property
+    def uses_device(self) -> bool:
+        """Whether it is its turn on the device that it shares."""
+        return bool(self.status[page.TURN])
+
+    @property
+    def hung(self) -> bool:
+        """Whether it was killed because a run did not return."""
+        return self._hung_for_s is not None
+
+    def memory(self) -> memory.Memory:
+        """What it takes; in a host, its part."""
+        if self._host is not None:
+            return self._host.memory_of(self)
+        return memory.of(self.pid) if self.pid else memory.Memory(0, 0, 0)
+
+    def stays_bytes(self) -> int:
+        """Private memory of the process, when the process goes on without this worker."""
+        return self._host.stays_bytes() if self._host is not None else 0
 
     @property
     def serving(self) -> bool:
@@ -340,12 +424,21 @@ class WorkerProcess:
         return await self.ended
 
     def kill(self, hung_for_s: float | None = None) -> None:
-        """SIGKILL; `hung_for_s` is remembered as the reason."""
+        """SIGKILL; `hung_for_s` is remembered as the reason.
+
+        One that shares its process and does not hang is asked first, for LEAVE_S_MAX.
+        """
         self._hung_for_s = hung_for_s
-        if self.pid and self.alive:
-            os.kill(self.pid, signal.SIGKILL)
-        elif self.alive:
+        if not self.alive:
+            return
+        if not self.pid:
             self.not_forked("given up before it was forked")
+        elif self.shares and hung_for_s is None and not self.stopping:
+            self.stopping = True
+            self._line.send(channel.Stop())
+            asyncio.get_running_loop().call_later(LEAVE_S_MAX, self.kill)
+        else:
+            os.kill(self.pid, signal.SIGKILL)
 
     def note_oom_kills(self, count: int) -> None:
         """The machine's count of now and then: a later kill is told from those long ago."""
@@ -353,7 +446,7 @@ class WorkerProcess:
 
     def running_s(self) -> float:
         """For how long its oldest run has been going on; 0.0: nothing runs."""
-        began_ns = page.oldest_run_ns(self.status)
+        began_ns = self.status[page.TURN] if self.shares else page.oldest_run_ns(self.status)
         return (self._clock.monotonic_ns() - began_ns) / 1e9 if began_ns else 0.0
 
     def _receive(self, message: channel.Message, fds: list[int]) -> None:
@@ -429,6 +522,16 @@ def _is_exiting(pid: int) -> bool:
         return False  # not known: as if it were well
 
 
+class Sharing(Protocol):
+    """The process of several workers, as one of them knows it."""
+
+    def memory_of(self, worker: WorkerProcess) -> memory.Memory:
+        """Its part of the memory."""
+
+    def stays_bytes(self) -> int:
+        """Private memory of the process, unless it is about to end."""
+
+
 # Told of each worker that has become a process.
 Started = Callable[[WorkerProcess], None]
 
@@ -450,7 +553,7 @@ class Template:
         self._failure: dict[str, Any] = {}
         self._stopping = False
         self._tokens = 0
-        self._orders: dict[int, tuple[asyncio.Future[None], WorkerProcess]] = {}
+        self._orders: dict[int, tuple[asyncio.Future[None], Forkable]] = {}
         self._oom_kills = memory.oom_kills()
         ours, theirs = channel.pair()
         self._line = Line(ours, loop, self._receive)
@@ -484,7 +587,7 @@ class Template:
             self._failure = BackendError(message, where=self.backend).document()
             os.kill(self.pid, signal.SIGKILL)
 
-    async def fork(self, worker: WorkerProcess) -> None:
+    async def fork(self, worker: Forkable) -> None:
         """Make `worker` a process, once the template is ready and taken.
 
         Raises:
@@ -494,7 +597,7 @@ class Template:
         token = self._tokens
         order: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._orders[token] = order, worker
-        if not self._line.send(channel.Fork(token), worker.descriptors()):
+        if not self._line.send(channel.Fork(token, worker.is_host), worker.descriptors()):
             raise UnavailableError(f"the {self.backend} template is gone")
         worker.phase = "fork"
         # Not wait_for: Python 3.11's loses a cancellation that comes together with the result.
@@ -536,7 +639,7 @@ class Template:
         self.ended.set_result(Death(Cause.STOPPED, "became a worker"))
 
     def _forked(
-        self, message: channel.Forked, order: asyncio.Future[None], worker: WorkerProcess
+        self, message: channel.Forked, order: asyncio.Future[None], worker: Forkable
     ) -> None:
         if order.done():  # whoever ordered it has given up
             if message.pid:
@@ -544,7 +647,8 @@ class Template:
             return
         if message.pid:
             worker.forked(message.pid, self._reaper)
-            self._started(worker)
+            if isinstance(worker, WorkerProcess):
+                self._started(worker)
         else:
             worker.not_forked(message.reason)
         order.set_result(None)
@@ -599,7 +703,7 @@ class Templates:
         self._clock = clock
         self._templates: dict[str, Template] = {}
 
-    async def fork(self, worker: WorkerProcess) -> None:
+    async def fork(self, worker: Forkable) -> None:
         """Make `worker` a process, by the template of its backend.
 
         Raises:
@@ -607,7 +711,7 @@ class Templates:
         """
         worker.phase = "import"
         while True:
-            template = self._get(worker.spec.backend)
+            template = self._get(worker.backend)
             await asyncio.shield(template.ready)  # within IMPORT_S_MAX, or it ends
             if template.take():
                 break

@@ -88,6 +88,7 @@ def worker_spec(
         sandbox=config.sandbox,
         heartbeat_idle_s=config.heartbeat_idle_s,
         devices=board.devices.get(variant.device_class, ()),
+        host=variant.device_class if variant.device_class in board.exclusive else "",
         supervisor_pid=os.getpid(),
         limits=spec.Limits(
             queue_requests_max=config.queue_requests_max,

@@ -27,6 +27,7 @@ from edge_runtime.daemon.compiled import CompiledModels
 from edge_runtime.daemon.control import ControlServer
 from edge_runtime.daemon.deployment import Deployment
 from edge_runtime.daemon.governor import Governor
+from edge_runtime.daemon.hosts import Hosts
 from edge_runtime.daemon.parts import Parts
 from edge_runtime.daemon.processes import Reaper, Templates, WorkerProcess
 from edge_runtime.daemon.room import Room
@@ -109,6 +110,7 @@ class Supervisor:
         self.shelf = Shelf(self._open_store())
         try:
             self.templates = Templates(reaper, self.events, self.clock, self.statistics.watch)
+            self._hosts = Hosts(self.templates, self.events, self.statistics.watch)
             self.router = Router(self, self.config, self.events, self.clock)
             await self.shelf.read(self._compiled.tidy)
             # Before anybody can ask: whoever started us by connecting must find the model known.
@@ -224,6 +226,7 @@ class Supervisor:
         for name in list(self._deployments):
             self.router.unlisten(name)
         self.router.close()
+        await self._hosts.stop(TEMPLATE_GRACE_S)
         await self.templates.stop(TEMPLATE_GRACE_S)
         self.events.emit("daemon_stopped", "stopped")
 
@@ -279,7 +282,7 @@ class Supervisor:
                 Parts(
                     name=name,
                     shelf=self.shelf,
-                    templates=self.templates,
+                    hosts=self._hosts,
                     config=self.config,
                     board=self.board,
                     events=self.events,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from edge_runtime.bundle.manifest import Manifest, Variant
-from edge_runtime.daemon import energy, memory
+from edge_runtime.daemon import energy
 from edge_runtime.daemon.crew import Crew
 from edge_runtime.daemon.loading import Loader
 from edge_runtime.daemon.parts import Parts
@@ -253,7 +253,7 @@ class Tryout:
 
     def _measured(self, name: str, series: Series) -> Measured:
         worker = self._workers[name]
-        private_bytes = memory.of(worker.pid).private_bytes
+        private_bytes = worker.memory().private_bytes
         found = series.measured(name, private_bytes)
         self._tried[name] = msgspec.structs.replace(
             self._tried[name],

@@ -35,9 +35,27 @@ class Fork(msgspec.Struct, frozen=True, tag="fork"):
     """Supervisor to template: fork a worker.
 
     Descriptors: the worker's channel, its status page, a memfd with its WorkerSpec (msgpack).
+    With `host`: fork a host (serving.host); its channel, a memfd with its HostSpec.
     """
 
     token: int
+    host: bool = False
+
+
+class Join(msgspec.Struct, frozen=True, tag="join"):
+    """Supervisor to host: run a worker in a thread of yours. Descriptors: as of `Fork`."""
+
+    token: int
+
+
+class Left(msgspec.Struct, frozen=True, tag="left"):
+    """Host to supervisor: that worker has ended; what it held is given back.
+
+    `exit_code`: what it would have been, had it been a process.
+    """
+
+    token: int
+    exit_code: int
 
 
 class Forked(msgspec.Struct, frozen=True, tag="forked"):
@@ -229,6 +247,8 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 Message = (
     Fork
+    | Join
+    | Left
     | Forked
     | TemplateReady
     | Phase

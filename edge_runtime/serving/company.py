@@ -140,6 +140,14 @@ class Company:
             self.splitter.retire()
             self._close_when_done()
 
+    def close(self) -> None:
+        """End it at once; whoever waits for an answer of the candidate gets none."""
+        self._drop_mirror()
+        if self.splitter is not None:
+            self.splitter.close()
+            self.splitter = None
+        self._unshadow()
+
     def _drop_mirror(self) -> None:
         self.mirror = None
         if self._bell >= 0:

@@ -34,6 +34,7 @@ class Cause(StrEnum):
     HANG = "hang"
     FAILED = "failed"  # it said why before it went
     GOLDEN = "golden"  # it found that it gives wrong answers, and went
+    NEIGHBOUR = "neighbour"  # another worker of the same process was the end of it
 
 
 class Death(NamedTuple):
@@ -80,6 +81,34 @@ def classify(
     if stopping and code == 0:
         return Death(Cause.STOPPED, "stopped")
     return Death(Cause.EXITED, f"exited with code {code}")
+
+
+class Resident(NamedTuple):
+    """A worker in a process with others, at the end of that process.
+
+    Attributes:
+        hung: we killed the process because of it.
+        uses_device: it was its turn on the device that they share.
+        loading: it was not ready yet.
+    """
+
+    hung: bool
+    uses_device: bool
+    loading: bool
+
+
+def suspects(residents: Sequence[Resident]) -> list[bool]:
+    """Of each worker whether it may have been the end of the process that it shared.
+
+    Who did nothing at that moment did not; if nobody did anything, anybody may have.
+    """
+    for signs in (
+        [one.hung for one in residents],
+        [one.uses_device or one.loading for one in residents],
+    ):
+        if any(signs):
+            return signs
+    return [True] * len(residents)
 
 
 class RestartPolicy(NamedTuple):

@@ -35,6 +35,7 @@ FAILED = 14  # of ERRORS: the model, its library, or we
 CANCELLED = 15  # the client left before its answer
 RUN_BEGAN = 16  # .. 16 + RUNNERS_MAX: CLOCK_MONOTONIC at which runner i began its run, 0: idle
 GOLDENS = RUN_BEGAN + RUNNERS_MAX  # run while it served (serving.heartbeat)
+TURN = GOLDENS + 1  # CLOCK_MONOTONIC since when it uses a device that it shares, 0: it does not
 # Histograms of durations, metrics.WORDS words each: the sum in ns, then the buckets.
 REQUEST = 64  # of requests answered with outputs: read to answered
 QUEUE = REQUEST + metrics.WORDS  # of requests that ran: read to run

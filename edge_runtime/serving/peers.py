@@ -141,6 +141,11 @@ class Peers:
             self._leaving.discard(owner)
         self._report_drained()
 
+    def close_all(self) -> None:
+        """Close every connection."""
+        for owner in list(self.by_fd.values()):
+            self.close(owner)
+
     def close_stalled(self, now_ns: int) -> None:
         """Close connections that hold memory and do not move."""
         limit_ns = now_ns - round(STALL_S_MAX * 1e9)

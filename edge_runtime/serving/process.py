@@ -48,8 +48,27 @@ COMPUTES_SHARE = 0.8
 ADOPTION_S_MAX = 5.0
 
 
-def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, page_fd: int) -> int:
-    """Everything a worker does; returns its exit code."""
+# Gives a worker its place, name and bounds before any model is touched; what really protects.
+Settle = Callable[[WorkerSpec], list[str]]
+# The model as it may be used here, given the words of the worker's page.
+Share = Callable[["Model", memoryview], "Model"]
+
+
+def become_worker(
+    backend: Backend,
+    spec: WorkerSpec,
+    control: socket.socket,
+    page_fd: int,
+    settle: Settle | None = None,
+    share: Share | None = None,
+) -> int:
+    """Everything a worker does; returns its exit code.
+
+    Args:
+        settle: in place of a process's own way to it, where it is one of several in a process.
+        share: for a model that takes turns with others. The process then goes on without the
+            worker, which leaves nothing behind but `control` and `page_fd`.
+    """
     phase = "start"
 
     def enter(name: str) -> None:
@@ -60,14 +79,15 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
 
     try:
         status = page.words(page_fd)
-        _belong_to(spec.supervisor_pid)
-        measures = _confine(spec)
+        measures = (settle or _settle)(spec)
         enter("load")
         began_ns = monotonic_ns()
         _verify(spec)
         if spec.compiled_dir and isinstance(backend, Caching):
             backend.cache = compiled.Cache(Path(spec.compiled_dir), control)
         model = backend.load(Path(spec.artifact), spec.options)
+        if share is not None:
+            model = share(model, status)
         plan.check_signature(model, spec.inputs, spec.outputs)
         fallen_back = _check_placement(spec, model)
         spec = _for_state(_with_facts(spec, model, fallen_back), model)
@@ -125,7 +145,11 @@ def become_worker(backend: Backend, spec: WorkerSpec, control: socket.socket, pa
         return _fail(control, phase, _too_little_memory(spec))
     except Exception as error:  # noqa: BLE001 - a worker says why it ends, whatever it was
         return _fail(control, phase, BackendError(f"{type(error).__name__}: {error}"))
-    return EXIT_FAILED if worker.serve() else 0
+    try:
+        return EXIT_FAILED if worker.serve() else 0
+    finally:
+        if share is not None:
+            worker.close()
 
 
 def _check_placement(spec: WorkerSpec, model: Model) -> str:
@@ -184,7 +208,7 @@ def _too_little_memory(spec: WorkerSpec) -> BackendError:
     )
 
 
-def _belong_to(supervisor_pid: int) -> None:
+def belong_to(supervisor_pid: int) -> None:
     """Become the supervisor's child and end with it."""
     deadline_ns = monotonic_ns() + round(ADOPTION_S_MAX * 1e9)
     while os.getppid() != supervisor_pid:  # the intermediate process is about to end
@@ -196,16 +220,22 @@ def _belong_to(supervisor_pid: int) -> None:
         sys.exit(0)
 
 
-def _confine(spec: WorkerSpec) -> list[str]:
-    """Name, place and bounds of the process, before any model is touched."""
-    sandbox.set_name(f"edge:{spec.model}")
+def _settle(spec: WorkerSpec) -> list[str]:
+    """A process of its own."""
+    belong_to(spec.supervisor_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is the supervisor's
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sandbox.set_limits(spec.limits.memory_bytes_max, spec.limits.open_files_max)
+    return confine(spec)
+
+
+def confine(spec: WorkerSpec) -> list[str]:
+    """Name, place and bounds of the calling thread and those that it will start."""
+    sandbox.set_name(f"edge:{spec.model}")
     if spec.cpus:
         os.sched_setaffinity(0, spec.cpus)
     if spec.nice:
         os.nice(spec.nice)
-    sandbox.set_limits(spec.limits.memory_bytes_max, spec.limits.open_files_max)
     if not spec.sandbox:
         return ["off by configuration"]
     files = [Path(spec.artifact)]

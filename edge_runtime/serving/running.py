@@ -114,9 +114,12 @@ class Runners:
         self.failure: BaseException | None = None
         self._status = status
         self._ran = ran
-        self._todo: SimpleQueue[Work] = SimpleQueue()
-        for index in range(count):
-            threading.Thread(target=self._run, args=(index,), daemon=True).start()
+        self._todo: SimpleQueue[Work | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, args=(index,), daemon=True) for index in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def start(self, work: Work) -> None:
         """Give work to an idle runner (the caller has the lock and has seen `idle` > 0)."""
@@ -132,11 +135,22 @@ class Runners:
         if self.failure is not None:
             raise self.failure
 
+    def close(self) -> None:
+        """End the threads, when their runs under way have ended; the caller has not the lock, and
+        gives them no more work.
+        """
+        for _ in self._threads:
+            self._todo.put(None)
+        for thread in self._threads:
+            thread.join()
+        os.close(self.wake_fd)
+
     def _run(self, index: int) -> None:
-        word, work = page.RUN_BEGAN + index, None
-        while True:
-            # A call of its own: a resting runner must not hold its last request's memory.
-            work = self._run_one(word, *(work or self._todo.get()))
+        word = page.RUN_BEGAN + index
+        while (work := self._todo.get()) is not None:
+            while work is not None:
+                # A call of its own: a resting runner must not hold its last request's memory.
+                work = self._run_one(word, *work)
 
     def _run_one(self, word: int, requests: list[Request], batch: Batch | None) -> Work | None:
         done = execute(requests, batch, self._status, word)

@@ -16,7 +16,7 @@ import platform
 import resource
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -168,9 +168,11 @@ def _data_bytes() -> int:
     return 0
 
 
-def filter_program(machine: str, pid: int) -> bytes | None:
+def filter_program(machine: str, pid: int, allowed: Collection[str] = ()) -> bytes | None:
     """The seccomp program (struct sock_filter[]) for a machine and the process that will install
     it, or None where the machine's numbers are not known.
+
+    `allowed`: names of DENIED_CALLS that are not refused.
 
     Refused calls answer EPERM rather than kill: a library that merely tries gets an error it can
     report.
@@ -178,7 +180,8 @@ def filter_program(machine: str, pid: int) -> bytes | None:
     if machine not in _AUDIT_ARCH:
         return None
     arch, column = _AUDIT_ARCH[machine]
-    numbers = [number for pair in DENIED_CALLS.values() if (number := pair[column]) is not None]
+    denied = [pair[column] for name, pair in DENIED_CALLS.items() if name not in allowed]
+    numbers = [number for number in denied if number is not None]
     checks = [(_JUMP_EQUAL, number) for number in numbers]
     if machine == "x86_64":
         checks.insert(0, (_JUMP_AT_LEAST, _X32_BIT))
@@ -219,9 +222,9 @@ def _argument_checks(column: int, pid: int) -> list[tuple[int, int, int, int]]:
     return steps
 
 
-def deny_calls() -> str:
+def deny_calls(allowed: Collection[str] = ()) -> str:
     """Install the filter for this thread and all it will start; returns what it did."""
-    program = filter_program(platform.machine(), os.getpid())
+    program = filter_program(platform.machine(), os.getpid(), allowed)
     if program is None:
         return f"no seccomp ({platform.machine()})"
     buffer = ctypes.create_string_buffer(program, len(program))
@@ -232,7 +235,7 @@ def deny_calls() -> str:
         _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(holder))
     except SandboxError as error:
         return f"no seccomp ({error.strerror})"
-    refused = len(DENIED_CALLS) + len(OWN_PROCESS_CALLS) + len(DENIED_OPERATIONS)
+    refused = len(DENIED_CALLS) + len(OWN_PROCESS_CALLS) + len(DENIED_OPERATIONS) - len(allowed)
     return f"seccomp ({refused} calls)"
 
 
@@ -298,15 +301,18 @@ def driver_paths() -> list[Path]:
     return [Path(name) for name in ("/sys/class", "/sys/bus", "/sys/dev", "/sys/devices")]
 
 
-def apply(readable: Iterable[Path], devices: Iterable[Path] = ()) -> list[str]:
-    """All measures, for this thread and all it starts.
+def apply(
+    readable: Iterable[Path], devices: Iterable[Path] = (), allowed: Collection[str] = ()
+) -> list[str]:
+    """All measures, for this thread and all it starts. Applied again by a thread, they add up.
 
     Args:
         readable: files beside `system_paths()`.
         devices: nodes of the accelerator that the model runs on; with one, `driver_paths()` too.
+        allowed: names of DENIED_CALLS that threads to come need before they apply all measures.
     """
     no_new_privileges()
     nodes = [*devices]
     paths = [*system_paths(), *readable, *(driver_paths() if nodes else ())]
-    measures = ["no-new-privileges", restrict_files(paths, nodes), deny_calls()]
+    measures = ["no-new-privileges", restrict_files(paths, nodes), deny_calls(allowed)]
     return [*measures, *(f"may use {node}" for node in nodes)]

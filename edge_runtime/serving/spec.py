@@ -1,16 +1,19 @@
 """What a worker is told when it is forked.
 
-Law of this file: values only; the daemon writes them, the worker obeys them. Paths are absolute and
-point into the store; everything in the spec was linted before.
+Law of this file: values, and the memfd in which they travel; the daemon writes them, the worker
+obeys them. Paths are absolute and point into the store; everything in the spec was linted before.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import os
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from edge_runtime.tensors import TensorSpec
+
+Spec = TypeVar("Spec", bound=msgspec.Struct)
 
 
 class GoldenFile(msgspec.Struct, frozen=True):
@@ -78,5 +81,31 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     sandbox: bool = True
     heartbeat_idle_s: float = 60.0  # between goldens while it serves; 0: only after an event
     devices: tuple[str, ...] = ()  # nodes that the sandbox leaves open: the accelerator's
+    host: str = ""  # it shares a process with all models of this device class; "": it has its own
     supervisor_pid: int = 0
     limits: Limits = Limits()
+
+
+class HostSpec(msgspec.Struct, frozen=True):
+    """One host: the process of all workers on a device that only one process may open."""
+
+    name: str  # the device class
+    backend: str
+    supervisor_pid: int
+    readable: tuple[str, ...] = ()  # directories; each worker confines itself to its files in them
+    devices: tuple[str, ...] = ()
+    sandbox: bool = True
+
+
+def pass_on(spec: msgspec.Struct) -> int:
+    """A memfd with a spec, for the process that is to read it; the caller closes it."""
+    fd = os.memfd_create("spec", os.MFD_CLOEXEC)
+    os.write(fd, msgspec.msgpack.encode(spec))
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def read_spec(fd: int, kind: type[Spec]) -> Spec:
+    """The reverse; takes over `fd`."""
+    with os.fdopen(fd, "rb") as file:
+        return msgspec.msgpack.decode(file.read(), type=kind)

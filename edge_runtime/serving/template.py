@@ -24,14 +24,12 @@ import sys
 import traceback
 from pathlib import Path
 
-import msgspec
-
 from edge_runtime.backends import backend as backend_named
 from edge_runtime.backends.protocol import Backend, Preparing
 from edge_runtime.clock import monotonic_ns
 from edge_runtime.errors import BackendError, EdgeError
 from edge_runtime.serving import channel, sandbox
-from edge_runtime.serving.spec import WorkerSpec
+from edge_runtime.serving.spec import HostSpec, WorkerSpec, read_spec
 
 
 def main(name: str) -> int:
@@ -45,7 +43,7 @@ def main(name: str) -> int:
     try:
         backend = backend_named(name)
         version = backend.version()
-        import edge_runtime.serving.process  # noqa: F401 - numpy and the loop, before any fork
+        import edge_runtime.serving.host  # noqa: F401 - numpy and the loop, before any fork
     except EdgeError as error:
         channel.send(control, channel.Failed("import", error.document()))
         return 70
@@ -68,7 +66,7 @@ def main(name: str) -> int:
         if not may_fork:
             channel.send(control, channel.Forked(message.token, os.getpid()))
             control.close()
-            return _worker(backend, fds)
+            return _become(backend, message, fds)
         _fork(backend, control, message, fds)
 
 
@@ -113,7 +111,7 @@ def _fork(backend: Backend, control: socket.socket, order: channel.Fork, fds: li
         with os.fdopen(read_fd, "rb", 0) as told, os.fdopen(write_fd, "wb", 0) as tell:
             intermediate = os.fork()
             if intermediate == 0:
-                _intermediate(backend, control, fds, read_fd, write_fd)
+                _intermediate(backend, control, order, fds, read_fd, write_fd)
             tell.close()
             pid = int(told.read(32) or b"0")
             os.waitpid(intermediate, 0)
@@ -125,7 +123,12 @@ def _fork(backend: Backend, control: socket.socket, order: channel.Fork, fds: li
 
 
 def _intermediate(
-    backend: Backend, control: socket.socket, fds: list[int], read_fd: int, write_fd: int
+    backend: Backend,
+    control: socket.socket,
+    order: channel.Fork,
+    fds: list[int],
+    read_fd: int,
+    write_fd: int,
 ) -> None:
     """Fork once more and end, so that the worker is orphaned to the supervisor. Never returns."""
     try:
@@ -140,7 +143,7 @@ def _intermediate(
         os.close(read_fd)
         os.close(write_fd)
         control.close()
-        code = _worker(backend, fds)
+        code = _become(backend, order, fds)
     except Exception:  # noqa: BLE001 - a fault of ours; this is its only trace
         traceback.print_exc()
     finally:
@@ -149,12 +152,16 @@ def _intermediate(
         os._exit(code)
 
 
-def _worker(backend: Backend, fds: list[int]) -> int:
-    from edge_runtime.serving import process
+def _become(backend: Backend, order: channel.Fork, fds: list[int]) -> int:
+    """Be what was ordered, to its end; the exit code."""
+    from edge_runtime.serving import host, process
 
+    if order.host:
+        channel_fd, spec_fd = fds
+        ordered = read_spec(spec_fd, HostSpec)
+        return host.become_host(backend, ordered, socket.socket(fileno=channel_fd))
     channel_fd, page_fd, spec_fd = fds
-    with os.fdopen(spec_fd, "rb") as file:
-        spec = msgspec.msgpack.decode(file.read(), type=WorkerSpec)
+    spec = read_spec(spec_fd, WorkerSpec)
     return process.become_worker(backend, spec, socket.socket(fileno=channel_fd), page_fd)
 
 

@@ -46,6 +46,7 @@ from edge_runtime.serving.spec import WorkerSpec
 from edge_runtime.wire import frames
 
 SWEEP_S = 1.0
+SELECT_FDS = 1024  # FD_SETSIZE of the C library
 Poll = Callable[[float], list[tuple[int, int]]]
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -182,6 +183,14 @@ class Worker:
             if heart is not None and heart.reason:
                 self._tend(heart)
         return self._condemned_until_ns > 0
+
+    def close(self) -> None:
+        """Let go of threads, descriptors and memory: where the process goes on without it."""
+        if self._runners is not None:
+            self._runners.close()
+        self._company.close()
+        self._peers.close_all()
+        self._epoll.close()
 
     def _rotated(self, ready: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Those first that the last turn had no time for: `epoll` always begins with the same."""
@@ -397,7 +406,8 @@ class Worker:
         assert self._runners is not None
         self._finish_run(done)
         work = None
-        if not self._window_ns and not (self._heart is not None and self._heart.pressing):
+        waits = self._window_ns or (self._heart is not None and self._heart.pressing)
+        if not waits and not self._stopping:
             while self._pending and work is None:
                 work = self._next_work(self._runners.idle + 1)
         self._status[page.WAITING] = len(self._pending)
@@ -554,6 +564,11 @@ def _spinning(poll: Poll, spin_ns: int) -> Poll:
 def _doze(fd: int, seconds: float) -> None:
     """Sleep until the descriptor is readable: to the microsecond, where `epoll` rounds up to a
     millisecond and would sleep through a short window. (The loop's epoll is among a process's first
-    descriptors, far below select's 1024.)
+    descriptors, but in a process with others it may be beyond what select takes.)
     """
-    select.select((fd,), (), (), seconds)
+    if fd < SELECT_FDS:
+        select.select((fd,), (), (), seconds)
+    else:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.poll(seconds * 1e3)

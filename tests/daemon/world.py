@@ -97,6 +97,7 @@ def bundle(
     golden_off: float | None = None,
     variants: Sequence[tuple[str, dict[str, Any]]] = (),
     memory_bytes: int = 0,
+    device_class: str = "cpu",
 ) -> Path:
     """Pack a bundle of the affine reference model.
 
@@ -122,7 +123,11 @@ def bundle(
         outputs=(TensorSpec("y", "FP32", shape),),
         batch_axis=0,
         variants=tuple(
-            Variant(label, backend, blob, "fp32", options=given, tolerance=Tolerance())
+            Variant(
+                *(label, backend, blob, "fp32", device_class),
+                options=given,
+                tolerance=Tolerance(),
+            )
             for label, given in (variants or [("fp32", options or {})])
         ),
         goldens=goldens,

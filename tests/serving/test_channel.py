@@ -19,6 +19,9 @@ from .rig import close_all, open_descriptors
 
 EVERY = [
     channel.Fork(1),
+    channel.Fork(2, host=True),
+    channel.Join(3),
+    channel.Left(3, 70),
     channel.Forked(1, 2, "why not"),
     channel.TemplateReady("1.0", 3.5, False),
     channel.Phase("load"),

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.serving.health import Cause, RestartPolicy, after_death, classify
+from edge_runtime.serving.health import (
+    Cause,
+    Resident,
+    RestartPolicy,
+    after_death,
+    classify,
+    suspects,
+)
 
 S = 1_000_000_000
 EXIT_3 = 3 << 8
@@ -102,3 +109,24 @@ def test_time_that_passes_never_lengthens_the_wait(
 @given(count=st.integers(2, 10_000))
 def test_any_number_of_deaths_has_a_finite_wait(count: int) -> None:
     assert after_death([0] * count, 0, RestartPolicy()).restart_after_s <= 30.0
+
+
+IDLE, RUNS = Resident(False, False, False), Resident(False, True, False)
+LOADS, HUNG = Resident(False, False, True), Resident(True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("residents", "suspected"),
+    [
+        ([IDLE, RUNS, IDLE], [False, True, False]),
+        ([IDLE, LOADS], [False, True]),
+        ([IDLE, RUNS, LOADS], [False, True, True]),
+        ([LOADS, HUNG, IDLE], [False, True, False]),
+        ([IDLE, IDLE], [True, True]),
+        ([IDLE], [True]),
+    ],
+)
+def test_who_did_something_may_have_been_the_end_of_a_shared_process(
+    residents: list[Resident], suspected: list[bool]
+) -> None:
+    assert suspects(residents) == suspected

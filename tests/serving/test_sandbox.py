@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.serving import sandbox
+from edge_runtime.serving.host import SETTLING_CALLS
 
 ALLOW = 0x7FFF0000
 EPERM = 0x00050000 | errno.EPERM
@@ -137,6 +138,17 @@ def test_a_machine_whose_numbers_are_not_known_has_no_filter() -> None:
     assert sandbox.filter_program("riscv64", PID) is None
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+def test_what_a_host_leaves_to_its_workers_is_all_that_it_allows(machine: str) -> None:
+    column = COLUMN[machine]
+    left = sandbox.filter_program(machine, PID, SETTLING_CALLS)
+    assert left is not None
+    for name, numbers in sandbox.DENIED_CALLS.items():
+        if numbers[column] is not None:
+            verdict = run_filter(left, MACHINES[machine], numbers[column])
+            assert verdict == (ALLOW if name in SETTLING_CALLS else EPERM), name
+
+
 def test_no_number_stands_twice() -> None:
     for column in (0, 1):
         numbers = [n[column] for n in sandbox.DENIED_CALLS.values() if n[column] is not None]
@@ -195,6 +207,54 @@ def test_only_the_accelerators_own_node_can_be_used(devices: list[str], says: li
         [sys.executable, "-c", DEVICES, *devices], capture_output=True, text=True, timeout=30
     )
     assert done.stdout.split() == says, done.stderr
+
+
+# A host and two of its workers: each opens both files, and tries to place and rank itself again.
+HOST = """
+import os, sys, threading
+from pathlib import Path
+from edge_runtime.serving import sandbox
+from edge_runtime.serving.host import SETTLING_CALLS
+
+directory = Path(sys.argv[1])
+sandbox.apply([directory], allowed=SETTLING_CALLS)
+
+def tried(act, *arguments):
+    try:
+        act(*arguments)
+        return "yes"
+    except OSError:
+        return "no"
+
+def opens():
+    return [tried(open, directory / name) for name in ("a", "b", "../outside")]
+
+def worker(name):
+    os.sched_setaffinity(0, os.sched_getaffinity(0))
+    os.nice(1)
+    sandbox.apply([directory / name])
+    print(*opens(), tried(os.sched_setaffinity, 0, [0]), tried(os.nice, 1))
+
+for name in "ab":
+    thread = threading.Thread(target=worker, args=(name,))
+    thread.start()
+    thread.join()
+print(*opens())
+"""
+
+
+def test_each_worker_of_a_host_reads_its_own_files_only(tmp_path: Path) -> None:
+    if not sandbox.landlock_abi():
+        pytest.skip("this kernel has no landlock")
+    directory = tmp_path / "blobs"
+    directory.mkdir()
+    for path in (directory / "a", directory / "b", tmp_path / "outside"):
+        path.touch()
+    done = subprocess.run(
+        [sys.executable, "-c", HOST, str(directory)], capture_output=True, text=True, timeout=30
+    )
+    lines = done.stdout.splitlines()
+    assert lines == ["yes no no no no", "no yes no no no", "yes yes no"], done.stderr
 
 
 PROBE = """
