@@ -35,7 +35,7 @@ def test_it_is_restarted_rolled_back_and_unloaded_like_any_other(daemon):
     assert daemon.infer("life") == 16.0
     pid = daemon.worker("life")["pid"]
     os.kill(pid, signal.SIGKILL)
-    until(lambda: daemon.ready("life") and daemon.worker("life")["pid"] != pid)
+    until(lambda: daemon.worker("life").get("pid", pid) != pid and daemon.ready("life"))
     assert daemon.events("worker_died", model="life")[-1]["fields"]["pid"] == pid
     assert daemon.infer("life") == 16.0
     daemon.control("rollback", name="life")
