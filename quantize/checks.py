@@ -239,15 +239,24 @@ def labels(answers: Array, given: Array) -> list[Finding]:
                     f" names for the classes on {mapped:.0%} ({', '.join(moved[:NAMED])})",
                 )
             ]
-    if right <= guess and len(given) >= SAMPLES_MIN and len(names) > 1:
+    luck = _right_by_chance(said, given, classes)
+    error = float(np.sqrt(luck * (1 - luck) / len(given)))
+    if right <= luck + 3 * error and len(given) >= SAMPLES_MIN and len(names) > 1:
         return [
             Finding(
                 LABELS,
-                f"the float model itself is right on {right:.1%} of the samples, to guess one class"
-                f" gives {guess:.1%}: labels or the scale of inputs do not belong to this model",
+                f"the float model itself is right on {right:.1%} of the samples, answers that have"
+                f" nothing to do with the labels are on {luck:.1%}: labels or the scale of inputs"
+                " do not belong to this model",
             )
         ]
     return []
+
+
+def _right_by_chance(said: Array, given: Array, classes: int) -> float:
+    """Agreement of independent answers with the same shares of classes (Cohen 1960)."""
+    shares = [np.bincount(one, minlength=classes) / len(one) for one in (said, given)]
+    return float((shares[0] * shares[1]).sum())
 
 
 def _renamed(said: Array, given: Array) -> tuple[list[int], list[int], float]:

@@ -1,7 +1,7 @@
 """What quantized tensors hold: the float model run over both sets, beside the variants' ranges.
 
-Law of this file: it runs and counts; what the figures mean is decided in `checks`. Samples are run
-one at a time, because what counts is how many of them leave a range; extremes are of every value,
+Law of this file: it runs and counts; what the figures mean is decided in `checks`. Extremes are
+kept by sample, because what counts is how many samples leave a range; they are of every value,
 histograms of a bounded number.
 """
 
@@ -25,6 +25,8 @@ Array = np.ndarray[Any, Any]
 
 SAMPLES_MAX = 512  # of each set: a share of 1 % is then known to half a point
 VALUES_MAX = 1 << 16  # counted per tensor and sample; of larger ones every k-th
+ROW_VALUES_MAX = 1 << 20  # of an input in one run: bounds the memory of all layers' outputs
+ROWS_MAX = 32
 SHOWN_BINS = 64  # of a histogram in an outcome
 
 
@@ -89,7 +91,7 @@ def _of_classes(source: ModelFile, split: Split, answers: Array, output: str) ->
         if source.path.suffix != ".onnx" or answers.ndim != 2 or answers.shape[1] < 2:
             return []
         runs = _values(source, _first(split.calibration), {output})
-        mine = np.array([int(values[output].argmax()) for values in runs])
+        mine = np.concatenate([values[output].argmax(axis=1) for _, values in runs])
         given = answers.argmax(axis=1)
     return checks.missing_classes(mine, given)
 
@@ -168,12 +170,14 @@ def _coarse(histogram: Histogram) -> tuple[int, ...]:
 
 def _extremes(source: ModelFile, feeds: Feeds, wanted: set[str]) -> dict[str, tuple[Array, Array]]:
     """By tensor its smallest and largest value of each sample."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for values in _values(source, feeds, wanted):
+    found: dict[str, list[tuple[Array, Array]]] = {}
+    for rows, values in _values(source, feeds, wanted):
         for name, value in values.items():
-            found.setdefault(name, []).append((float(value.min()), float(value.max())))
+            # A tensor that mixes the samples of a batch counts as one.
+            flat = value.reshape(rows if value.size % rows == 0 else 1, -1)
+            found.setdefault(name, []).append((flat.min(axis=1), flat.max(axis=1)))
     return {
-        name: (np.array([low for low, _ in each]), np.array([high for _, high in each]))
+        name: (np.concatenate([one[0] for one in each]), np.concatenate([one[1] for one in each]))
         for name, each in found.items()
     }
 
@@ -182,21 +186,25 @@ def _counts(
     source: ModelFile, feeds: Feeds, wanted: set[str], edges: Mapping[str, tuple[float, float]]
 ) -> dict[str, Histogram]:
     found: dict[str, Histogram] = {}
-    for values in _values(source, feeds, wanted):
+    for rows, values in _values(source, feeds, wanted):
         for name, value in values.items():
-            flat = value.reshape(-1)[:: max(value.size // VALUES_MAX, 1)]
+            flat = value.reshape(-1)[:: max(value.size // (rows * VALUES_MAX), 1)]
             found[name] = ranges.counted(found.get(name), flat, *edges[name])
     return found
 
 
-def _values(source: ModelFile, feeds: Feeds, wanted: set[str]) -> Iterator[Feeds]:
-    """One sample's tensors at a time; inputs among them."""
-    bench = Bench(feeds, source.inputs, source.outputs, None, 0, lambda what: None)
+def _values(source: ModelFile, feeds: Feeds, wanted: set[str]) -> Iterator[tuple[int, Feeds]]:
+    """The tensors of some samples at a time, inputs among them, and how many samples."""
+    bench = Bench(feeds, source.inputs, source.outputs, source.batch_axis, 0, lambda what: None)
+    largest = max(array[0].size for array in feeds.values())
+    rows = min(max(ROW_VALUES_MAX // max(largest, 1), 1), ROWS_MAX)
     given = {name for name in feeds if name in wanted}
-    runs = onnxruntime_door.activations(Path(source.path), feeds, bench, wanted - set(feeds))
+    runs = onnxruntime_door.activations(Path(source.path), feeds, bench, wanted - set(feeds), rows)
+    step = rows if source.batch_axis == 0 else 1
     for index, values in enumerate(runs):
-        own = {name: feeds[name][index : index + 1] for name in given}
-        yield {name: value for name, value in (own | values).items() if value.size}
+        own = {name: feeds[name][index * step : (index + 1) * step] for name in given}
+        count = len(next(iter(feeds.values()))[index * step : (index + 1) * step])
+        yield count, {name: value for name, value in (own | values).items() if value.size}
 
 
 def _first(data: Dataset) -> Feeds:

@@ -195,10 +195,16 @@ def histograms(source: Path, feeds: Feeds, bench: Bench) -> dict[str, ranges.His
     return kept
 
 
-def activations(source: Path, feeds: Feeds, bench: Bench, wanted: set[str] | None = None) -> Any:
+def activations(
+    source: Path,
+    feeds: Feeds,
+    bench: Bench,
+    wanted: set[str] | None = None,
+    rows: int = BATCH_ROWS,
+) -> Any:
     """An iterator over calibration runs: {tensor name: value} of inner tensors (or of `wanted`)."""
     names, session = _watched(source, wanted)
-    for values in _runs(session, names, feeds, bench):
+    for values in _runs(session, names, feeds, bench, rows):
         yield dict(zip(names, values, strict=True))
 
 
@@ -222,6 +228,8 @@ def _watched(source: Path, wanted: set[str] | None = None) -> tuple[list[str], A
     options = library.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = library.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # Threads that wait busily take the processor from the thread that counts what was computed.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     with _ours("load", source):
         session = library.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -229,9 +237,11 @@ def _watched(source: Path, wanted: set[str] | None = None) -> tuple[list[str], A
     return names, session
 
 
-def _runs(session: Any, names: list[str], feeds: Feeds, bench: Bench) -> Iterator[list[Array]]:
+def _runs(
+    session: Any, names: list[str], feeds: Feeds, bench: Bench, rows: int = BATCH_ROWS
+) -> Iterator[list[Array]]:
     asked = [name for name in names if name not in feeds]
-    for feed in _batches(feeds, bench):
+    for feed in _batches(feeds, bench, rows):
         with _ours("run", Path("calibration")):
             # Asked for nothing, the library answers everything.
             got = session.run(asked, feed) if asked else []
@@ -239,16 +249,19 @@ def _runs(session: Any, names: list[str], feeds: Feeds, bench: Bench) -> Iterato
         yield [values[name] for name in names]
 
 
-def _batches(feeds: Feeds, bench: Bench) -> Iterator[Feeds]:
+def _batches(feeds: Feeds, bench: Bench, rows: int = BATCH_ROWS) -> Iterator[Feeds]:
     """Feeds of a run: batches where the model has a batch axis, else single samples."""
-    rows = BATCH_ROWS if bench.batch_axis == 0 else 1
+    rows = rows if bench.batch_axis == 0 else 1
     count = len(next(iter(feeds.values())))
     for first in range(0, count, rows):
         yield {name: array[first : first + rows] for name, array in feeds.items()}
 
 
 def _reader(feeds: Feeds, bench: Bench) -> Any:
-    batches = _batches(feeds, bench)
+    count = len(next(iter(feeds.values())))
+    # The library's histograms refuse a last batch of another size (numpy: inhomogeneous shape).
+    rows = max(size for size in range(1, BATCH_ROWS + 1) if count % size == 0)
+    batches = _batches(feeds, bench, rows)
 
     class Reader(_tools().CalibrationDataReader):  # type: ignore[misc]
         def get_next(self) -> Feeds | None:

@@ -41,16 +41,10 @@ def choose_goldens(answers: Array, labels: Array | None, count: int) -> list[int
     order = np.argsort(top[:, 1] - top[:, 0], kind="stable")
     hard = order[: (count + 1) // 2]
     classes = flat.argmax(axis=1) if labels is None else labels.reshape(len(flat), -1)[:, 0]
-    sure: list[int] = []
-    for index in order[::-1]:
-        if len(sure) >= count - len(hard):
-            break
-        if len({int(classes[i]) for i in sure}) == len(sure) and classes[index] in [
-            classes[i] for i in sure
-        ]:
-            continue
-        sure.append(int(index))
-    return [int(index) for index in hard] + sure
+    rest = [int(index) for index in order[len(hard) :][::-1]]  # the surest first
+    firsts = {int(classes[index]): index for index in reversed(rest)}  # the surest of each class
+    sure = sorted(rest, key=lambda index: firsts[int(classes[index])] != index)
+    return [int(index) for index in hard] + sure[: count - len(hard)]
 
 
 def pack(

@@ -1,6 +1,7 @@
 """A recipe as YAML with comments, for a person to change.
 
-Law of this file: pure; a recipe in, text out. What it writes, `recipe.load` reads back equal.
+Law of this file: pure; a recipe in, text out. What it writes, `recipe.load` reads back equal
+(notes become comments).
 Values are written as JSON, which is YAML; a comment says unit, default or reason in one line.
 """
 
@@ -13,7 +14,15 @@ from typing import Any
 import msgspec
 
 from quantize.passes import PASSES
-from quantize.recipe import METRICS, Recipe, Variant, is_callable
+from quantize.recipe import (
+    METRICS,
+    Calibration,
+    Data,
+    Evaluation,
+    Recipe,
+    Variant,
+    is_callable,
+)
 
 
 def text(recipe: Recipe, folder: Path) -> str:
@@ -26,6 +35,7 @@ def text(recipe: Recipe, folder: Path) -> str:
         _pair("name", recipe.name, "of the model on the device"),
         _pair("version", recipe.version, "of the bundle; a higher one replaces a lower one"),
         _pair("source", _relative(recipe.source, folder), "the trained model: .onnx or .tflite"),
+        *([_pair("label", recipe.label, "of the version, for people")] if recipe.label else []),
         _pair("seed", recipe.seed, "of everything random: the same seed gives the same files"),
         _pair("threads", recipe.threads, "that every variant is measured with"),
         _pair("targets", list(recipe.targets), "device profiles (`edge-runtime profile list`)"),
@@ -36,11 +46,14 @@ def text(recipe: Recipe, folder: Path) -> str:
             _relative(data.calibration, folder),
             "the same, for calibration alone; empty: a part of path, left out of judging",
         ),
+        *_rest(data, Data(data.path), {"path", "calibration"}),
         "calibration:",
         _pair("  samples", recipe.calibration.samples, "fewer than 50 do not show ranges"),
+        *_rest(recipe.calibration, Calibration(), {"samples"}),
         "evaluation:",
         _pair("  metric", evaluation.metric, ", ".join(METRICS)),
         _pair("  samples", evaluation.samples, "at most so many judge; 0: all"),
+        *_rest(evaluation, Evaluation(), {"metric", "samples"}),
         "budgets:",
         f"  drop_max: {drop}  # largest loss, in the metric's unit (top1: 0.01 is one point)",
         _pair("  confidence", budgets.confidence, "that the loss keeps drop_max"),
@@ -58,6 +71,15 @@ def text(recipe: Recipe, folder: Path) -> str:
     ]
     lines += [f"# {note}" for note in recipe.notes]
     return "\n".join(lines) + "\n"
+
+
+def _rest(given: Any, plain: Any, shown: set[str]) -> list[str]:
+    """What a section states beside the keys that are always written."""
+    return [
+        f"  {name}: {_scalar(getattr(given, name))}"
+        for name in given.__struct_fields__
+        if name not in shown and getattr(given, name) != getattr(plain, name)
+    ]
 
 
 def _variant(one: Variant) -> list[str]:

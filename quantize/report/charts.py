@@ -142,7 +142,6 @@ def _labels(
         x, y = across(one.p50_ms), down(one.score.value)
         at = lowest = max(y, lowest + LABEL_GAP)
         left = x > LEFT_FROM
-        parts.append(svg.line(x, y, x, at, "lead-line"))
         text = one.name if y < HEIGHT else f"{one.name} ({one.score.value:.3f})"
         shift, anchor = (-18.0, "end") if left else (18.0, "start")
         parts.append(svg.words(x, at + 4, text, kind(one, outcome), anchor, shift))

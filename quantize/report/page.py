@@ -19,6 +19,7 @@ from quantize.results import Evaluated, Outcome
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 HEADERS = (
     "variant",
+    "verdict",
     "backend",
     ">score",
     ">loss",
@@ -29,7 +30,6 @@ HEADERS = (
     ">file",
     ">smaller",
     ">memory",
-    "verdict",
 )
 
 
@@ -142,7 +142,6 @@ def _row(one: Evaluated, outcome: Outcome) -> str:
     lost = one.against if one.name != outcome.reference else None
     colour = charts.kind(one, outcome)
     cells = (
-        one.name,
         f"{one.backend} {one.backend_version}",
         f"{one.score.value:.4f}" if one.score else "-",
         f"{lost.drop:+.4f}" if lost else "-",
@@ -154,12 +153,13 @@ def _row(one: Evaluated, outcome: Outcome) -> str:
         f"{_smaller(one, outcome):.2f}x" if one.size_bytes else "-",
         output.size(one.memory_bytes or None),
     )
-    numbers = [name.startswith(">") for name in HEADERS]
+    numbers = [name.startswith(">") for name in HEADERS[2:]]
     shown = "".join(
         f'<td class="n">{escape(cell)}</td>' if number else f"<td>{escape(cell)}</td>"
-        for cell, number in zip(cells, numbers, strict=False)
+        for cell, number in zip(cells, numbers, strict=True)
     )
-    return f'<tr>{shown}<td class="tag {colour}">{colour}</td></tr>'
+    said = f'<td>{escape(one.name)}</td><td class="tag {colour}">{colour}</td>'
+    return f"<tr>{said}{shown}</tr>"
 
 
 def _figure(title: str, caption: str, drawing: str) -> str:

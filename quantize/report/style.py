@@ -59,7 +59,6 @@ svg text.shipped, svg text.refused, svg text.reference { stroke: var(--card); st
 .front { stroke: var(--shipped); stroke-width: 1.5; stroke-dasharray: 2 4; }
 .bar { fill-opacity: .85; stroke: none !important; }
 .pale { fill-opacity: .25; stroke: none !important; }
-.lead-line { stroke: var(--line); }
 .first { fill: var(--shipped); fill-opacity: .35; }
 .second { stroke: var(--second); stroke-width: 1.5; }
 .cut { fill: var(--refused); fill-opacity: .12; }

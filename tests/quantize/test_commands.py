@@ -1,0 +1,134 @@
+"""init, run, compare: the commands with a recipe, on a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from edge_runtime.bundle import archive
+from edge_runtime.bundle import manifest as manifests
+from edge_runtime.bundle.manifest import Tolerance
+from edge_runtime.errors import EdgeError
+from quantize import cli, packing, writing
+from quantize import recipe as recipes
+from tests.quantize.test_faults import network, pictures
+
+MODEL = "colour.onnx"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and data without labels: agreement with the float model judges."""
+    path = tmp_path_factory.mktemp("project")
+    (path / MODEL).write_bytes(network())
+    np.savez(path / "data.npz", x=pictures(500, 1).inputs["image"])
+    return path
+
+
+def recipe(folder: Path, **changes: Any) -> Path:
+    """A small one with an int8 variant; speed may be anything."""
+    given = {
+        "name": "colour",
+        "source": MODEL,
+        "data": {"path": "data.npz"},
+        "evaluation": {"rounds": 3},
+        "budgets": {"speedup_min": 0, "drop_max": 0.2},
+        "variants": [{"name": "fp32"}, {"name": "int8", "passes": [{"use": "static_int8"}]}],
+    }
+    path = folder / "small.yaml"
+    path.write_text(json.dumps(given | changes))
+    return path
+
+
+def test_init_writes_a_recipe_with_comments_that_run_understands(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "recipe.yaml"
+    words = ["init", str(folder / MODEL), "--data", str(folder / "data.npz"), "--drop-max", "0.02"]
+    assert cli.main([*words, "-o", str(out)]) == 0
+    text = out.read_text()
+    assert 'source: "colour.onnx"  # the trained model' in text
+    loaded = recipes.load(out)
+    assert loaded.source == str(folder / MODEL) and loaded.budgets.drop_max == 0.02
+    assert {one.name for one in loaded.variants} >= {"fp32", "int8"}
+    capsys.readouterr()
+    assert cli.main(["run", str(out), "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["seconds"] >= sum(one["seconds"] for one in plan["plan"]) > 0
+    assert cli.main([*words, "-o", str(out)]) == 10  # never over what a person changed
+    assert out.read_text() == text
+
+
+def test_what_is_written_is_read_back_equal(folder: Path) -> None:
+    given = recipes.load(recipe(folder))
+    path = folder / "again.yaml"
+    path.write_text(writing.text(given, folder))
+    assert recipes.load(path) == given
+
+
+def test_a_run_leaves_bundle_page_and_outcome_and_every_variant_was_served(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.bundle"
+    words = ["run", str(recipe(folder)), "-o", str(out), "--report", str(tmp_path / "o.html")]
+    assert cli.main([*words, "--out-json", str(tmp_path / "o.json")]) == 0
+    assert "each served once" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.html", "o.json", "out.bundle"]
+    with archive.open_bundle(out) as bundle:
+        manifest = bundle.manifest
+        assert [one.name for one in manifest.variants] == ["fp32", "int8"]
+        assert len(manifest.goldens) == 6 and all(one.tolerance for one in manifest.variants)
+        assert set(manifest.card) >= {"drift_baseline", "variants", "refused", "findings"}
+        # A variant that does not answer as recorded is found by serving it.
+        tight = tuple(
+            msgspec.structs.replace(one, tolerance=Tolerance(0.0, 0.0)) for one in manifest.variants
+        )
+        goldens = tuple(
+            msgspec.structs.replace(one, variant_outputs={}) for one in manifest.goldens
+        )
+        wrong = msgspec.structs.replace(manifest, variants=tight, goldens=goldens)
+        kept = {sha256: bundle.blob(sha256) for sha256 in manifests.blobs(wrong)}
+        archive.pack(archive.compose(wrong, kept), tmp_path / "wrong.bundle")
+    with pytest.raises(EdgeError, match="golden") as caught:
+        packing.prove(tmp_path / "wrong.bundle")
+    assert "variant int8" in str(caught.value)
+
+
+def test_goldens_are_the_hardest_and_the_surest_of_many_classes_each_once() -> None:
+    answers = np.zeros((40, 4))
+    for index in range(40):
+        answers[index, index % 3] = 1.0 + index  # a sample is the surer the later
+    chosen = packing.choose_goldens(answers, None, 8)
+    assert len(set(chosen)) == 8
+    assert set(chosen[:4]) == {0, 1, 2, 3}
+    assert {index % 3 for index in chosen[4:]} == {0, 1, 2}
+    assert sorted(packing.choose_goldens(answers[:3], None, 6)) == [0, 1, 2]
+
+
+def test_nothing_but_the_float_model_is_exit_code_5_and_no_bundle(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(folder, budgets={"size_bytes_max": 1, "speedup_min": 0, "drop_max": 0.5})
+    out = tmp_path / "out.bundle"
+    assert cli.main(["run", str(path), "-o", str(out), "--report", str(tmp_path / "o.html")]) == 5
+    said = capsys.readouterr()
+    assert "allowed are 1" in said.out and "nothing but the float model passed" in said.err
+    assert not out.exists() and (tmp_path / "o.html").exists()
+
+
+def test_two_models_are_compared_on_the_same_samples(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", str(folder / MODEL), str(folder / MODEL)]
+    assert cli.main(words) == 2  # no data
+    capsys.readouterr()
+    data = ["--data", str(folder / "data.npz"), "--samples", "100", "--json"]
+    assert cli.main([*words, *data]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["loss"]["drop"] == 0 and found["samples"] == 100
+    assert found["first"]["size_bytes"] == found["second"]["size_bytes"]

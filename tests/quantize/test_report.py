@@ -1,0 +1,174 @@
+"""Text, JSON and page of an outcome; two outcomes beside each other."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from quantize import cli, comparing
+from quantize.report import charts, page, saved, svg, text
+from quantize.results import Outcome
+from tests.quantize.outcomes import outcome, variant
+
+VOID = {"meta", "br", "hr", "img", "link"}
+
+
+class Document(HTMLParser):
+    """Elements that are open, texts, and what would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.texts: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def read(one: Outcome) -> Document:
+    document = Document()
+    document.feed(page.page(one))
+    assert document.open == []
+    return document
+
+
+def test_the_page_is_whole_asks_nothing_of_a_network_and_runs_no_script() -> None:
+    document = read(outcome())
+    assert document.fetched == []
+    assert not document.seen & {"script", "iframe", "img", "link", "object"}
+    assert "@import" not in page.page(outcome()) and "url(" not in page.page(outcome())
+
+
+def test_the_page_shows_every_variant_reason_note_and_fault() -> None:
+    said = " ".join(read(outcome()).texts)
+    for part in (
+        "int8 on onnxruntime is the fastest that passed",
+        "2.50 times as fast",
+        "answers are worse: 0.1",
+        "openvino does not serve it",
+        "computes in f32 <as told>",
+        "clipped-ranges",
+        "not tried: what nncf could do",
+        "Sensitivity by layer",
+        "/conv (Conv)",
+        "Saturation by tensor",
+        "25.00% wrong",
+        "a processor",
+    ):
+        assert part in said, part
+
+
+def test_names_from_files_cannot_become_markup() -> None:
+    evil = msgspec.structs.replace(outcome(), name="<script>alert(1)</script>")
+    assert "<script>" not in page.page(evil)
+
+
+def test_a_page_of_the_float_model_alone_says_that_nothing_passed() -> None:
+    whole = outcome()
+    kept = tuple(one for one in whole.evaluated if one.name != "int8")
+    alone = msgspec.structs.replace(whole, evaluated=kept, activations=(), layers=(), findings=())
+    assert not alone.has_gain
+    assert "Nothing but the float model passed" in " ".join(read(alone).texts)
+
+
+def test_the_front_holds_what_nothing_beats_in_both() -> None:
+    some = [
+        variant("slow", 0.93, 0.2, 1),
+        variant("worse", 0.90, 0.3, 1),
+        variant("quick", 0.92, 0.1, 1),
+    ]
+    assert [one.name for one in charts.front(some)] == ["quick", "slow"]
+
+
+def test_ticks_are_round_and_within() -> None:
+    assert svg.ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]
+    assert svg.log_ticks(0.09, 6) == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5])
+
+
+def test_an_outcome_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    saved.write(outcome(), tmp_path / "o.json")
+    assert saved.read(tmp_path / "o.json") == outcome()
+
+
+def test_the_text_tells_faults_and_refusals() -> None:
+    said = text.text(outcome())
+    assert "wrong with the data:" in said and "clipped-ranges: wrong: ranges" in said
+    assert "broken: openvino does not serve it" in said
+
+
+def test_report_writes_a_page_of_a_kept_outcome(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved.write(outcome(), tmp_path / "o.json")
+    assert cli.main(["report", str(tmp_path / "o.json")]) == 0
+    assert "refused:" in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path / "o.json"), "-o", str(tmp_path / "o.html")]) == 0
+    assert (tmp_path / "o.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_file_that_is_no_outcome_is_a_usage_error_with_the_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "o.json").write_text('{"name": 3}')
+    assert cli.main(["report", str(tmp_path / "o.json")]) == 2
+    assert "--out-json" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path / "none.json")]) == 3
+
+
+def test_two_outcomes_are_compared_by_variant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = outcome()
+    slower = variant("int8", 0.91, 0.16, 260_000, steps=first.evaluated[1].steps)
+    second = msgspec.structs.replace(first, evaluated=(first.evaluated[0], slower))
+    pairs, cautions = comparing.outcomes(first, second)
+    by_name = {pair.name: pair for pair in pairs}
+    assert by_name["int8"].changed and by_name["int8"].speedup == pytest.approx(0.5)
+    assert by_name["wrong"].second is None and cautions == []
+    for path, one in (("a.json", first), ("b.json", second)):
+        saved.write(one, tmp_path / path)
+    assert cli.main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    assert "refused -> absent" in capsys.readouterr().out
+
+
+def test_times_of_different_machines_are_not_compared() -> None:
+    other = msgspec.structs.replace(outcome(), machine={"processor": "another"})
+    pairs, cautions = comparing.outcomes(outcome(), other)
+    assert all(pair.speedup == 0 for pair in pairs)
+    assert any("different machines" in caution for caution in cautions)
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (500, True)])
+def test_a_browser_draws_the_page_within_its_width(tmp_path: Path, width: int, dark: bool) -> None:
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    path = tmp_path / "page.html"
+    # Only in this copy a script measures: the page itself runs none.
+    allowed = page.page(outcome()).replace("default-src 'none'; style-src 'unsafe-inline'", "")
+    probe = (
+        "<script>document.title = document.documentElement.scrollWidth - innerWidth</script></body>"
+    )
+    path.write_text(allowed.replace("</body>", probe))
+    words = [program, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
+    words += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    words += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
+    done = subprocess.run(words, capture_output=True, timeout=60, check=True, text=True)
+    too_wide = int(done.stdout.partition("<title>")[2].partition("<")[0])
+    assert too_wide <= 0
