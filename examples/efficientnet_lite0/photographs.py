@@ -1,7 +1,7 @@
 """Photographs as the model's input: `python photographs.py FOLDER -o FILE.npz [--views N]`.
 
-Needs Pillow and numpy. Each photograph gives some views of its own (centre and corners at 7/8 of the
-side, and their mirror images): more to compare two models with, though not more photographs.
+Needs Pillow and numpy. Each photograph gives some views of its own (centre and corners at 7/8 of
+the side, and their mirror images): more to compare two models with, not more photographs.
 """
 
 from __future__ import annotations
