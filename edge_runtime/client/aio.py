@@ -38,6 +38,7 @@ from edge_runtime.errors import (
     DeadlineError,
     EdgeError,
     MalformedError,
+    OverloadedError,
     RequestError,
     TooLargeError,
     UnavailableError,
@@ -453,8 +454,8 @@ class AsyncClient:
                 return draft, {arena: await connection.region(arena) for arena in draft.arenas()}
             except MalformedError:
                 raise
-            except RequestError:
-                connection.scratch = None  # the server takes no regions
+            except (RequestError, OverloadedError):  # not allowed, or this user has too many
+                connection.scratch = None
 
     def _learn_rooms(self, connection: _Connection, key: Any, plan: codec.ResponsePlan) -> None:
         if connection.scratch is None or key in connection.rooms:

@@ -28,6 +28,7 @@ from edge_runtime.errors import (
     ConnectionClosedError,
     DeadlineError,
     MalformedError,
+    OverloadedError,
     RequestError,
     TooLargeError,
 )
@@ -292,7 +293,7 @@ class Connection:
         )
 
     def _announce(self, arena: Arena, deadline_ns: int) -> bool:
-        """Make a region of an arena, once; False when the server refuses."""
+        """Make a region of an arena, once; False when the server refuses it."""
         if arena in self._numbers:
             return True
         number = len(self._numbers)
@@ -308,7 +309,7 @@ class Connection:
             self._wait(self._next_id, deadline_ns)
         except MalformedError:
             raise
-        except RequestError:
+        except (RequestError, OverloadedError):  # not allowed, or this user has too many
             return False
         self._numbers[arena] = number
         return True

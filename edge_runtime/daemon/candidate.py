@@ -78,6 +78,8 @@ class Candidates:
         if crew.trial is not None:
             crew.trial.close()
         crew.trial = trial = Trial(candidate, active.version, self._parts.clock)
+        if not candidate.alive:  # died while somebody waited for the disk, and was nobody's then
+            self.end(f"the candidate died: {candidate.ended.result().detail}", level="error")
         await crew.hand_back(candidate)
         self.introduce()
         if not trial.live:
@@ -127,7 +129,7 @@ class Candidates:
         self.end("stopped by command")
         switch = await self._parts.shelf.read(lambda store: store.current(name))
         previous = switch.previous == candidate.spec.generation
-        if previous and self._parts.worker_config.keep_previous_warm:
+        if previous and candidate.serving and self._parts.worker_config.keep_previous_warm:
             crew.warm = candidate
             await crew.hand_back(candidate)
         else:

@@ -74,6 +74,7 @@ class Deployment:
         self._recovery: asyncio.Task[Any] | None = None
         self._reselection: asyncio.Task[Any] | None = None
         self._fitted: tuple[WorkerProcess, bool] | None = None  # seen by `slim`, and what it wanted
+        self._switching: asyncio.Task[Any] | None = None  # between disk and memory just now
         self._closing = False
 
     @property
@@ -100,16 +101,16 @@ class Deployment:
     async def resume(self) -> None:
         """After a start of the daemon: serve what the store says is active. Never raises."""
         self._recovery = asyncio.current_task()
-        async with self._lock:
-            switch = await self._shelf.read(lambda store: store.current(self.name))
-            if switch.active is None:
-                return
-            try:
+        try:
+            async with self._lock:
+                switch = await self._shelf.read(lambda store: store.current(self.name))
+                if switch.active is None:
+                    return
                 self.active = await self._generation(switch.active)
-            except EdgeError as error:
-                self._fail(error)
-                return
-            await self._restart(asked=False)
+                await self._restart(asked=False)
+        except EdgeError as error:  # its record cannot be read: nothing is known of it
+            self._fail(error)
+            await self._fall_back(f"it cannot be read: {error}")
         self._reselect_if_due()
 
     async def activate(self, generation: Generation, reason: str) -> Change:
@@ -120,16 +121,12 @@ class Deployment:
             EdgeError: the store could not switch.
         """
         async with self._superseding():
-            worker, warm = await self._loaded(generation, asked=True, choose=True)
-            try:
-                switch = await self._switched(
-                    generation, lambda store: store.activate(self.name, generation.number, reason)
-                )
-            except EdgeError:
-                if not warm:  # what serves, or may be rolled back to, stays
-                    await self._crew.stop(worker)
-                raise
-            return await self._take_over(generation, worker, switch, warm, reason)
+            return await self._serve(
+                generation,
+                lambda store: store.activate(self.name, generation.number, reason),
+                reason,
+                choose=True,
+            )
 
     async def rollback(self, reason: str) -> Change:
         """Make the previous generation the one that serves.
@@ -140,16 +137,9 @@ class Deployment:
         """
         async with self._superseding():
             generation = await self._shelf.read(self._previous)
-            worker, warm = await self._loaded(generation, asked=True, choose=False)
-            try:
-                switch = await self._switched(
-                    generation, lambda store: store.rollback(self.name, reason)
-                )
-            except EdgeError:
-                if not warm:  # what serves, or may be rolled back to, stays
-                    await self._crew.stop(worker)
-                raise
-            return await self._take_over(generation, worker, switch, warm, reason)
+            return await self._serve(
+                generation, lambda store: store.rollback(self.name, reason), reason, choose=False
+            )
 
     async def unload(self) -> Change:
         """Stop serving the model, for good until it is activated again.
@@ -158,7 +148,8 @@ class Deployment:
             NotFoundError: the model is not installed.
         """
         async with self._superseding():
-            switch = await self._shelf.switch(lambda store: store.deactivate(self.name))
+            switch = await self._switched(None, lambda store: store.deactivate(self.name))
+            self._cancel_recovery()  # of a worker that died meanwhile
             version = self.active.version if self.active else 0
             variant = self.worker.spec.variant if self.worker else ""
             workers = [worker for worker, _ in self.workers()]
@@ -335,8 +326,30 @@ class Deployment:
             )
         return store.generation(self.name, number)
 
-    async def _switched(self, generation: Generation, step: Callable[[Store], Switch]) -> Switch:
-        """Have the disk say that this generation serves.
+    async def _serve(
+        self, generation: Generation, step: Callable[[Store], Switch], reason: str, *, choose: bool
+    ) -> Change:
+        """Load a generation, have `step` say on the disk that it serves, and have it serve.
+
+        A recovery that has come so far is not cancelled any more: disk and memory would differ.
+        """
+        worker, warm = await self._loaded(generation, asked=True, choose=choose)
+        self._switching = asyncio.current_task()
+        try:
+            try:
+                switch = await self._switched(generation, step)
+            except EdgeError:
+                if not warm:  # what serves, or may be rolled back to, stays
+                    await self._crew.stop(worker)
+                raise
+            return await self._take_over(generation, worker, switch, warm, reason)
+        finally:
+            self._switching = None
+
+    async def _switched(
+        self, generation: Generation | None, step: Callable[[Store], Switch]
+    ) -> Switch:
+        """Have the disk say that this generation serves (None: that none does).
 
         When it says so although the step failed (the slot has its name, and the directory was not
         synced), that holds: what serves in memory must be what a restart finds.
@@ -346,12 +359,13 @@ class Deployment:
             return await self._shelf.switch(step)
         except EdgeError as error:
             switch = await self._shelf.read(lambda store: store.current(self.name))
-            if switch.active != generation.number or switch.active == before:
+            after = generation.number if generation is not None else None
+            if switch.active != after or after == before:
                 raise
+            what = f"{self.name}@{generation.version} serves" if generation else "nothing serves"
             self._parts.emit(
                 "switch_not_synced",
-                f"{self.name}@{generation.version} serves; a power cut may bring the version before"
-                f" it back: {error}",
+                f"{what}; a power cut may bring the version before back: {error}",
                 level="error",
                 code=error.code,
             )
@@ -452,6 +466,7 @@ class Deployment:
         self._candidates.introduce()
         moved = await self._crew.hand_back(old)
         await self._crew.stop(old)
+        self._seated(worker)
         self._parts.emit(
             "variant_changed",
             f"{worker.spec.variant} serves instead of {old.spec.variant}: {reason};"
@@ -495,6 +510,7 @@ class Deployment:
             variant=worker.spec.variant,
             connections=moved,
         )
+        self._seated(worker)
         return Change(switch, generation.version, worker.spec.variant, moved, swap_ms, freed, warm)
 
     # -- a candidate beside it --------------------------------------------------------------------
@@ -529,7 +545,6 @@ class Deployment:
     def _died(self, worker: WorkerProcess, death: Death) -> None:
         if self._closing:
             return
-        serving = worker is self.worker
         self._parts.emit(
             "worker_died",
             f"{self.name}@{worker.spec.version} {worker.spec.variant}: {death.detail}",
@@ -538,13 +553,24 @@ class Deployment:
             variant=worker.spec.variant,
             cause=str(death.cause),
             pid=worker.pid,
-            serving=serving,
+            serving=worker is self.worker,
         )
+        self._lost(worker, death)
+
+    def _seated(self, worker: WorkerProcess) -> None:
+        """A worker has its role: see to one that died before, while somebody waited for the disk,
+        and was nobody's then.
+        """
+        if not worker.alive and not self._closing:
+            self._lost(worker, worker.ended.result())
+
+    def _lost(self, worker: WorkerProcess, death: Death) -> None:
+        """What follows from the death of a worker with the role that it has, if it has one."""
         if worker is self._crew.warm:
             self._crew.warm = None
         if worker is self.candidate:
             self._candidates.end(f"the candidate died: {death.detail}", level="error")
-        if serving:
+        if worker is self.worker:
             self._crew.worker = None
             self.state, self.reason = "backoff", death.detail
             if death.cause is Cause.NEIGHBOUR:  # whoever it was is counted; this one is not
@@ -601,11 +627,13 @@ class Deployment:
 
     async def _recover(self, verdict: health.Verdict) -> None:
         generation = self.active
-        if verdict.give_up and await self._fall_back():
+        if verdict.give_up and await self._fall_back(
+            f"died {len(self._deaths_ns)} times: {self.reason}"
+        ):
             return
         await asyncio.sleep(verdict.restart_after_s)
         async with self._lock:
-            if self.active is generation and self.worker is None:
+            if generation is not None and self.active is generation and self.worker is None:
                 self.restarts += 1
                 await self._restart(asked=False)
 
@@ -614,7 +642,7 @@ class Deployment:
         assert self.active is not None
         self.state = "loading"
         try:
-            self._crew.worker = await self._selector.worker(self.active, asked=asked)
+            worker = self._crew.worker = await self._selector.worker(self.active, asked=asked)
         except NoMemoryError as error:  # nothing is wrong with it: it waits until it is asked for
             self.state, self.reason = "idle", str(error)
             if asked:
@@ -625,6 +653,7 @@ class Deployment:
         else:
             self.state, self.reason, self._refusal = "ready", self.reason or "started", None
             self._candidates.introduce()
+            self._seated(worker)
         return self.worker
 
     def _refuse(self, error: NoMemoryError) -> None:
@@ -633,20 +662,21 @@ class Deployment:
         retry_after_ns = round((error.retry_after_s or 0.0) * 1e9)
         self._refused_until_ns = self._clock.monotonic_ns() + retry_after_ns
 
-    async def _fall_back(self) -> bool:
-        """The previous generation takes over from one that keeps dying. Whether it could."""
-        dead = self.active
+    async def _fall_back(self, what: str) -> bool:
+        """The previous generation takes over from one that cannot serve. Whether it could.
+
+        Args:
+            what: happened to that one.
+        """
+        bad = f"{self.name}@{self.active.version}" if self.active else "the active version"
         try:
-            change = await self.rollback(
-                f"{self.name}@{dead.version if dead else 0} died {len(self._deaths_ns)} times:"
-                f" {self.reason}"
-            )
+            change = await self.rollback(f"{bad}: {what}")
         except EdgeError as error:
             self._fail(error, keep_reason=isinstance(error, ConflictError))
             return False
         self._parts.emit(
             "fell_back",
-            f"{self.name}@{change.version} took over from a generation that kept dying",
+            f"{self.name}@{change.version} took over from a generation that could not serve",
             level="error",
             version=change.version,
         )
@@ -659,7 +689,9 @@ class Deployment:
             self._parts.emit("model_failed", str(error), level="error", code=error.code)
 
     def _cancel_recovery(self) -> None:
-        if self._recovery is not None and self._recovery is not asyncio.current_task():
+        """But for one that switches already, unless the daemon stops."""
+        spared = asyncio.current_task(), None if self._closing else self._switching
+        if self._recovery is not None and self._recovery not in spared:
             self._recovery.cancel()
             self._recovery = None
         if self._waking is not None:
