@@ -130,6 +130,7 @@ def test_a_version_whose_record_has_rotted_leaves_the_place_to_the_previous_one(
     record = daemon.state_dir / "models" / "rotten" / "generations" / "000002" / "record"
     record.write_bytes(b"rotten")
     daemon.start()
+    until(lambda: daemon.ready("rotten"))
     assert daemon.infer("rotten") == 4.0
     assert daemon.events("fell_back", model="rotten")
     assert daemon.model("rotten")["active"]["version"] == 1
