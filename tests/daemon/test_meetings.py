@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.errors import NotFoundError
 from tests.daemon.world import QUICK_RESTART, Daemon, bundle, until
 
 

@@ -2,8 +2,8 @@
 
 Law of this file: it is on the PYTHONPATH of daemons that a test starts, and of nothing else. While
 the file named in EDGE_TEST_NO_SYNC is there, the next sync of a model's own directory takes it away
-and is refused. While the one named in EDGE_TEST_SLOW_SYNC is there, such a sync makes NAME.waits beside
-it and waits.
+and is refused. While the one named in EDGE_TEST_SLOW_SYNC is there, such a sync waits, and says so
+with a file NAME.waits beside it.
 """
 
 import os
