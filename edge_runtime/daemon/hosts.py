@@ -242,8 +242,25 @@ class Hosts:
         self._started = started
         self._places: dict[str, Place] = {}
 
+    async def turn(self, worker: WorkerProcess) -> None:
+        """Return when `worker` may be loaded: on a shared device, one after the other. It has the
+        turn until it is ready or has ended.
+        """
+        if not worker.spec.host:
+            return
+        place = self._places.setdefault(worker.spec.host, Place())
+        worker.phase = "turn"
+        await place.neighbours_first(worker.spec.model)
+        await place.turn.acquire()
+
+        def loaded(_: object) -> None:
+            place.turn.release()
+            place.note_back(worker.spec.model)
+
+        worker.ready.add_done_callback(loaded)
+
     async def fork(self, worker: WorkerProcess) -> None:
-        """Make `worker` a process, or a part of one.
+        """Make `worker`, whose turn it is, a process or a part of one.
 
         Raises:
             BackendError: the template dies, the system has no process to give, or the device is in
@@ -252,23 +269,9 @@ class Hosts:
         if not worker.spec.host:
             await self._templates.fork(worker)
             return
-        place = self._places.setdefault(worker.spec.host, Place())
-        worker.phase = "turn"
-        await place.neighbours_first(worker.spec.model)
-        await place.turn.acquire()
-        try:
-            host = await self._host(place, worker)
-            host.join(worker)
-        except BaseException:
-            place.turn.release()
-            raise
+        host = await self._host(self._places[worker.spec.host], worker)
+        host.join(worker)
         self._started(worker)
-
-        def loaded(_: object) -> None:
-            place.turn.release()
-            place.note_back(worker.spec.model)
-
-        worker.ready.add_done_callback(loaded)
 
     async def _host(self, place: Place, worker: WorkerProcess) -> Host:
         """The host to join, made now if there is none; the caller has the turn."""

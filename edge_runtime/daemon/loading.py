@@ -154,6 +154,7 @@ class Loader:
             EdgeError: what it or its template failed of.
         """
         limit_s = self._parts.worker_config.load_time_max_s
+        await self._parts.hosts.turn(worker)  # as long as others take, each of which has its limit
         try:
             async with asyncio.timeout(limit_s):
                 await self._parts.hosts.fork(worker)

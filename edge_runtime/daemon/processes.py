@@ -40,9 +40,8 @@ OOM_SAMPLES = 20
 # Compiled models that a worker may give us to keep: one for each device that it tries; more would
 # be a worker that wants to fill the disk.
 COMPILED_MAX = 4
-# A worker that shares its process with others cannot be killed without them. One that is not wanted
-# any more, and loads, is waited for so long: loads that take longer are rare, and one that hangs
-# keeps everybody else from the device.
+# A worker that shares its process cannot be killed without the others. One that is to end is waited
+# for so long, whatever it does: the others are worth it; one that hangs keeps them from the device.
 LEAVE_S_MAX = 10.0
 # What numpy's and the backends' own thread pools would start at import, before any fork.
 SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -415,8 +414,9 @@ class WorkerProcess:
         return self._drained.result() if self._drained.done() else 0
 
     async def stop(self, grace_s: float) -> Death:
-        """Ask it to end, make it end after `grace_s`."""
+        """Ask it to end, make it end after `grace_s`; with others in its process, it has longer."""
         self.stopping = True
+        grace_s = max(grace_s, LEAVE_S_MAX) if self.shares else grace_s
         self._line.send(channel.Stop())
         done, _ = await asyncio.wait([self.ended], timeout=grace_s)
         if not done:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edge_runtime.bundle.manifest import Variant
 from edge_runtime.errors import EdgeError
 from edge_runtime.serving import sandbox
-from tests.backends.contract import require
+from tests.backends.contract import compiled_delegate, require
 from tests.daemon.world import NO_BLOB, QUICK_RESTART, Daemon, bundle, filled, onnx_bundle, until
 
 PROFILE = """
@@ -347,3 +348,30 @@ def test_real_libraries_serve_several_models_from_one_process(
     daemon.control("activate", name="triple", version=1)
     assert daemon.worker("triple")["pid"] == pid
     assert daemon.infer("triple", 5.0) == 15.0
+
+
+def test_models_with_a_delegate_share_the_process_that_opened_its_device(
+    tmp_path: Path, make_daemon: Callable[..., Daemon]
+) -> None:
+    from tests import tflite_writer
+    from tests.daemon.test_litert import on_npu
+
+    library = str(compiled_delegate(tmp_path))
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(PROFILE.format(node="/dev/full", exclusive="true"))
+    # What is on Python's path is readable in the sandbox; a real delegate is in /usr/lib.
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    daemon = make_daemon({"profile": str(profile)}, environment={"PYTHONPATH": path}).start()
+    names = ["one", "two", "three"]
+    for name in names:
+        daemon.install(on_npu(daemon, name, tflite_writer.pair(), library))
+    x = np.arange(3, dtype=np.float32).reshape(1, 3)
+    with daemon.client() as client:
+        for name in names * 20:
+            assert (client.infer(name, {"a": x, "b": x})["sum"] == 2 * x).all()
+    assert len({daemon.worker(name)["pid"] for name in names}) == 1
+    daemon.control("unload", name="one")  # the one that opened the device
+    with daemon.client() as client:
+        for name in names[1:]:
+            assert (client.infer(name, {"a": x, "b": x})["sum"] == 2 * x).all()
+            assert daemon.model(name)["device"] == "NPU"
