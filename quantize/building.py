@@ -65,7 +65,9 @@ def build(
 ) -> Built:
     """The variant's file; made now, or earlier by the same passes from the same data."""
     steps = tuple(passes.describe(one) for one in chain.passes)
-    bench = Bench(calibration.inputs, source.inputs, source.outputs, source.batch_axis, seed, say)
+    bench = Bench(
+        calibration.inputs, source.inputs, source.outputs, source.batch_axis, seed, say, kept.folder
+    )
     made_of: list[Any] = [
         edge_runtime.__version__,
         scratch.file_sha256(source.path),

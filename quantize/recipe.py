@@ -122,6 +122,30 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     passes: tuple[dict[str, Any], ...] = ()
 
 
+class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What else is tried beside `variants`, and how long.
+
+    Attributes:
+        time_s_max: no trial begins after it, so a run takes at most one trial longer; building and
+            judging what was found comes on top. trials_max: nor more trials than this.
+        keep: finalists of each backend that are judged like the recipe's own variants.
+        samples: of the evaluation set that a trial is judged with; 0: all. Finalists see all.
+        rounds: of latency for a trial.
+        backends: to search for; empty: those of the variants and targets that are installed.
+        ratios: shares of channels to be pruned; empty: no pruning. train: `module:function` that
+            trains a pruned model again (pass fine_tune); empty: none, so that little can be pruned.
+    """
+
+    time_s_max: Positive = 600.0
+    trials_max: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 64
+    keep: Annotated[int, msgspec.Meta(ge=1, le=32)] = 4
+    samples: Count = 2000
+    rounds: Annotated[int, msgspec.Meta(ge=3, le=1000)] = 10
+    backends: tuple[str, ...] = ()
+    ratios: tuple[Annotated[float, msgspec.Meta(gt=0, lt=1)], ...] = ()
+    train: str = ""
+
+
 class Pack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What goes into the bundle beside the variants."""
 
@@ -145,6 +169,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     budgets: Budgets = Budgets()
     targets: tuple[str, ...] = ()
     variants: tuple[Variant, ...] = ()
+    search: Search | None = None
     pack: Pack = Pack()
     notes: tuple[str, ...] = ()  # of who wrote it, for the report
 

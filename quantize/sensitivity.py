@@ -11,18 +11,20 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 
 from edge_runtime.backends import backend
 from edge_runtime.errors import EdgeError, UsageError
-from quantize import datasets, onnx_door, onnxruntime_door, scores
+from quantize import datasets, evaluating, models, onnx_door, onnxruntime_door
 from quantize.models import ModelFile
 from quantize.passes import ONNX, Bench, Say
+from quantize.passes.graph import Clean
 from quantize.passes.integer import StaticInt8
 from quantize.pruning import work
+from quantize.recipe import Calibration, Data, Evaluation
 from quantize.scores import Metric
 
 Array = np.ndarray[Any, Any]
@@ -93,11 +95,14 @@ class Probe:
         self._metric, self._output, self._folder = metric, output, folder
         self._ranges = folder / "ranges.json"
         self._count = 0
+        self.samples = len(data)
         self._reference = self.answers(source.path)
         self._scores = metric.score(self._reference, data.labels, self._reference)
 
     def quantized(self, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> Path:
         """The model with these nodes quantized, or all but those; ranges are found the first time.
+
+        The file is the caller's, to delete when it was looked at.
 
         Raises:
             ModelError: nothing could be quantized.
@@ -125,6 +130,14 @@ class Probe:
         mine = self._metric.score(got, self._data.labels, self._reference)
         return sqnr_db(self._reference, got), float((self._scores - mine).mean())
 
+    def cost_of(self, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[float, float]:
+        """`cost` of `quantized`; nothing stays on disk. Raises: ModelError."""
+        path = self.quantized(only, exclude)
+        try:
+            return self.cost(path)
+        finally:
+            path.unlink()
+
 
 def measure(
     probe: Probe, source: ModelFile, bench: Bench, metric: str, drop_max: float, say: Say
@@ -134,27 +147,37 @@ def measure(
     Raises:
         UsageError, ModelError: the model has nothing that can be quantized.
     """
+    ranked = layers(probe, source, bench, say)
+    _, loss_all = probe.cost_of()
+    names = [one.name for one in ranked]
+    exclude, loss = propose(names, loss_all, drop_max, _loss_without(probe))
+    return Sensitivity(tuple(ranked), probe.samples, metric, loss_all, drop_max, exclude, loss)
+
+
+def layers(probe: Probe, source: ModelFile, bench: Bench, say: Say) -> list[Layer]:
+    """Each layer that can be quantized, the most sensitive first.
+
+    Raises:
+        UsageError, ModelError: the model has nothing that can be quantized.
+    """
     full = probe.quantized()
-    _, loss_all = probe.cost(full)
     nodes = quantizable(source.path, full)
     shares, own = macs_shares(source.path), _own(source.path, full, nodes, bench)
-    layers = []
+    full.unlink()
+    found = []
     for number, (name, operator) in enumerate(nodes, 1):
         say(f"layer {number} of {len(nodes)}: {name}")
         try:
-            noise, loss = probe.cost(probe.quantized(only=[name]))
+            noise, loss = probe.cost_of(only=[name])
         except EdgeError:
             continue  # it is quantized only together with its neighbours
-        layers.append(Layer(name, operator, noise, loss, own.get(name, 0.0), shares.get(name, 0.0)))
-    layers.sort(key=lambda one: (one.sqnr_db, one.name))
-    exclude, loss = propose([one.name for one in layers], loss_all, drop_max, _loss_without(probe))
-    samples = len(probe._data)
-    return Sensitivity(tuple(layers), samples, metric, loss_all, drop_max, exclude, loss)
+        found.append(Layer(name, operator, noise, loss, own.get(name, 0.0), shares.get(name, 0.0)))
+    return sorted(found, key=lambda one: (one.sqnr_db, one.name))
 
 
 def _loss_without(probe: Probe) -> Callable[[Sequence[str]], float]:
     def loss(exclude: Sequence[str]) -> float:
-        return probe.cost(probe.quantized(exclude=exclude))[1]
+        return probe.cost_of(exclude=exclude)[1]
 
     return loss
 
@@ -194,8 +217,16 @@ def propose(
 
 def sqnr_db(want: Array, got: Array) -> float:
     """10 log10 of signal power over noise power, at most SQNR_DB_MAX."""
-    signal = float((want.astype(np.float64) ** 2).mean())
-    noise = float(((want.astype(np.float64) - got) ** 2).mean())
+    return _decibels(*_powers(want, got))
+
+
+def _powers(want: Array, got: Array) -> tuple[float, float]:
+    """(of the signal, of the noise), summed over all values."""
+    wide = want.astype(np.float64)
+    return float((wide**2).sum()), float(((wide - got) ** 2).sum())
+
+
+def _decibels(signal: float, noise: float) -> float:
     if signal == 0 or noise == 0:
         return SQNR_DB_MAX
     return min(10 * math.log10(signal / noise), SQNR_DB_MAX)
@@ -225,38 +256,80 @@ def _own(
     source: Path, full: Path, nodes: Sequence[tuple[str, str]], bench: Bench
 ) -> dict[str, float]:
     """How much each node's own output suffers when everything before it is quantized too."""
-    names = {name for name, _ in nodes}
-    outputs = {
-        node.name: node.output[0]
-        for node in onnx_door.load(source).graph.node
-        if node.name in names
-    }
+    seen = _seen_at(source, full, [name for name, _ in nodes])
     feeds = {name: array[:ROWS] for name, array in bench.calibration.items()}
-    watched = set(outputs.values())
-    want: dict[str, Array] = next(
-        iter(onnxruntime_door.activations(source, feeds, bench, watched)), {}
-    )
-    got: dict[str, Array] = next(
-        iter(onnxruntime_door.activations(full, feeds, bench, watched)), {}
-    )
-    return {
-        name: sqnr_db(want[out], got[out])
-        for name, out in outputs.items()
-        if out in want and out in got and want[out].shape == got[out].shape
-    }
+    wants = onnxruntime_door.activations(source, feeds, bench, {a for a, _ in seen.values()})
+    gots = onnxruntime_door.activations(full, feeds, bench, {b for _, b in seen.values()})
+    powers: dict[str, tuple[float, float]] = {}
+    for want, got in zip(wants, gots, strict=True):
+        for name, (a, b) in seen.items():
+            if a in want and b in got and want[a].shape == got[b].shape:
+                signal, noise = powers.get(name, (0.0, 0.0))
+                more = _powers(want[a], got[b])
+                powers[name] = signal + more[0], noise + more[1]
+    return {name: _decibels(*both) for name, both in powers.items()}
 
 
-def probe_in(
-    folder: tempfile.TemporaryDirectory[str] | Path,
-    source: ModelFile,
-    bench: Bench,
-    data: datasets.Dataset,
-    name: str,
-    how: StaticInt8 | None = None,
-    output: str = "",
-) -> Probe:
-    """A probe with the metric of that name, over at most SAMPLES_DEFAULT samples."""
-    path = folder if isinstance(folder, Path) else Path(folder.name)
-    few = data.take(np.arange(min(len(data), SAMPLES_DEFAULT)))
-    main = output or source.outputs[0].name
-    return Probe(source, bench, few, scores.metric(name), main, how or StaticInt8(), path)
+def _seen_at(source: Path, full: Path, names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The tensors, in the source and in the quantized model, at which a node's answer is seen.
+
+    That is its output as the next node gets it, so behind the quantize/dequantize pair. A quantizer
+    lets a Conv swallow the Relu that follows: then it is the Relu's, which has no negative values.
+    """
+    nodes, made = onnx_door.load(source).graph.node, onnx_door.load(full).graph.node
+    there = {out for node in made for out in node.output}
+    pair = {node.input[0]: node.output[0] for node in made if node.op_type in _PAIR}
+    after = {node.input[0]: node.output[0] for node in nodes if node.op_type in ("Relu", "Clip")}
+    seen = {}
+    for node in nodes:
+        out = node.output[0]
+        tensor = out if out in there else after.get(out, "")
+        if node.name in set(names) and tensor in there:
+            seen[node.name] = tensor, pair.get(pair.get(tensor, ""), tensor)
+    return seen
+
+
+_PAIR = ("QuantizeLinear", "DequantizeLinear")
+
+
+class Question(NamedTuple):
+    """What a user asks: the arguments of `edge-quantize sensitivity`. 0, None: the default."""
+
+    model: Path
+    data: str
+    calibration: str = ""
+    drop_max: float | None = None
+    samples: int = 0
+    method: Literal["minmax", "entropy", "percentile", "mse"] = "minmax"
+
+
+def of_model(question: Question, say: Say) -> Sensitivity:
+    """The cleaned-up model's layers: what an exclude list after the pass `clean` speaks of.
+
+    Raises:
+        EdgeError: what is wrong with the model or the data.
+    """
+    given = models.read(question.model)
+    if given.format != ONNX:
+        raise UsageError(
+            f"sensitivity is measured on ONNX models, not {given.format}",
+            where=str(question.model),
+        )
+    told = Data(path=question.data, calibration=question.calibration)
+    whole = datasets.load(told, given.inputs)
+    own = datasets.load(told, given.inputs, told.calibration) if told.calibration else None
+    count = question.samples or SAMPLES_DEFAULT
+    split = datasets.split(whole, own, Calibration().samples, 0, count, 0)
+    name, metric = evaluating.metric_of(Evaluation(), split.evaluation, None)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        bench = Bench(
+            split.calibration.inputs, given.inputs, given.outputs, given.batch_axis, 0, say
+        )
+        Clean().apply(given.path, folder / "clean.onnx", bench)
+        source = models.read(folder / "clean.onnx")
+        how = StaticInt8(method=question.method)
+        output = source.outputs[0].name
+        probe = Probe(source, bench, split.evaluation, metric, output, how, folder)
+        drop_max = metric.drop_max if question.drop_max is None else question.drop_max
+        return measure(probe, source, bench, name, drop_max, say)

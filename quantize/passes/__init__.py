@@ -61,6 +61,7 @@ class Bench(NamedTuple):
         batch_axis: 0 if the first axis of all of them is a free batch axis, else None.
         seed: of anything random.
         say: progress, one line.
+        cache: a folder where a pass may keep what another run of it can use; None: nowhere.
     """
 
     calibration: Feeds
@@ -69,6 +70,7 @@ class Bench(NamedTuple):
     batch_axis: int | None
     seed: int
     say: Say
+    cache: Path | None = None
 
 
 class Pass(Protocol):

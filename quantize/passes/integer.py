@@ -7,12 +7,13 @@ activations (s8s8) run slower than fp32 on x86 and per-tensor weights cost accur
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
-from quantize import onnxruntime_door
+from quantize import datasets, onnxruntime_door, scratch
 from quantize.passes import FLOAT, INTEGER, ONNX, Bench
 
 Bits = Literal["u8", "s8"]
@@ -50,8 +51,25 @@ class StaticInt8(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     removes: ClassVar[frozenset[str]] = frozenset({FLOAT})
 
     def apply(self, source: Path, out: Path, bench: Bench) -> None:
-        """See passes.Pass.apply."""
-        onnxruntime_door.quantize_static(source, out, self, bench)
+        """See passes.Pass.apply. Ranges of activations that another run found are used again."""
+        if bench.cache is None:
+            onnxruntime_door.quantize_static(source, out, self, bench)
+            return
+        kept = bench.cache / f"{self._ranges_key(source, bench)}.ranges.json"
+        with tempfile.TemporaryDirectory(dir=bench.cache) as temporary:
+            found = Path(temporary) / "ranges.json"
+            ranges_file = kept if kept.exists() else found
+            onnxruntime_door.quantize_static(source, out, self, bench, ranges_file=ranges_file)
+            if found.exists():
+                found.replace(kept)
+
+    def _ranges_key(self, source: Path, bench: Bench) -> str:
+        """Of all that decides the ranges; how weights are rounded does not."""
+        bits = self.activations[1:] if self.method == "mse" else ""
+        percentile = self.percentile if self.method == "percentile" else 0
+        data = datasets.fingerprint(datasets.Dataset(bench.calibration, None, ""))["sha256"]
+        how = (self.method, percentile, bits, self.operators, self.samples)
+        return scratch.key(scratch.file_sha256(source), data, how, self.versions())
 
     def versions(self) -> dict[str, str]:
         return onnxruntime_door.versions()

@@ -1,0 +1,296 @@
+"""What a search tries: first every setting that the libraries offer in one shot, then more.
+
+Law of this file: pure; finished trials in, ideas out. What follows from a trial is decided by its
+loss, size and count of multiplications, never by a time that was measured: so the same seed tries
+the same things in the same order on every machine. Randomness is by seed and round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from quantize import pareto
+from quantize.kernels import Slow
+from quantize.passes import ONNX, TFLITE
+from quantize.recipe import Search, Variant
+from quantize.trials import Trial
+
+CLEAN: dict[str, Any] = {"use": "clean"}
+PARENTS = 2  # of each backend that stages build upon: the best ranges method is not known before
+SIDESTEPS = 8  # random neighbours proposed per round, to find some that are new
+RATIO_STEP = 0.0625
+
+
+class Facts(NamedTuple):
+    """What is known of the model.
+
+    Attributes:
+        operators: kinds of its nodes. slow: nodes to leave float for speed. layers: nodes that can
+            be quantized, the most sensitive first.
+    """
+
+    format: str
+    operators: frozenset[str]
+    slow: Slow = Slow()
+    layers: tuple[str, ...] = ()
+
+
+class Idea(NamedTuple):
+    """Something to try; the variant has no name yet."""
+
+    variant: Variant
+    why: str
+
+
+class _Shot(NamedTuple):
+    """A setting of a library. `needs`: module; `operators`: as in proposing."""
+
+    why: str
+    step: dict[str, Any]
+    needs: str = ""
+    operators: frozenset[str] = frozenset()
+
+
+def _static(why: str, **options: Any) -> _Shot:
+    return _Shot(f"onnxruntime {why}", {"use": "static_int8", **options})
+
+
+def _nncf(why: str, **options: Any) -> _Shot:
+    return _Shot(f"NNCF {why}", {"use": "nncf_int8", **options}, "nncf")
+
+
+def _edge(why: str, **step: Any) -> _Shot:
+    return _Shot(f"ai-edge-quantizer {why}", step, "ai_edge_quantizer")
+
+
+_PRODUCTS = frozenset({"MatMul", "Gemm", "LSTM", "GRU", "Attention"})
+_PAIRS = (
+    _static("minmax", method="minmax"),
+    _static("minmax per tensor", method="minmax", per_channel=False),
+    _static("entropy", method="entropy"),
+    _static("percentile", method="percentile"),
+    _static("mse", method="mse"),
+)
+_BY_NNCF = (
+    _nncf("mixed"),
+    _nncf("performance", preset="performance"),
+    _nncf("slow bias correction", fast_bias_correction=False),
+)
+# OpenVINO 2026.4 answers wrongly with 16-bit activations, so they are not tried there.
+SHOTS: dict[tuple[str, str], tuple[_Shot, ...]] = {
+    (ONNX, "onnxruntime"): (
+        *_PAIRS,
+        _static("minmax s8 activations", activations="s8"),
+        _static("minmax u16 activations", activations="u16"),
+        _static("minmax QOperator", format="qoperator"),
+        _Shot("onnxruntime dynamic", {"use": "dynamic_int8"}, "", _PRODUCTS),
+        _Shot("8-bit weights", {"use": "weight_only"}),
+        *_BY_NNCF,
+    ),
+    (ONNX, "openvino"): (*_PAIRS, *_BY_NNCF),
+    (TFLITE, "litert"): (
+        _edge("static", use="tflite_int8"),
+        _edge("static a16w8", use="tflite_int8", activations=16),
+        _edge("dynamic", use="tflite_weights"),
+        _edge("weights", use="tflite_weights", compute="float"),
+        _edge("4-bit weights", use="tflite_weights", bits=4),
+    ),
+}
+_RANGES: tuple[dict[str, Any], ...] = (
+    {"method": "minmax"},
+    {"method": "entropy"},
+    {"method": "mse"},
+    {"method": "percentile", "percentile": 99.9},
+    {"method": "percentile", "percentile": 99.99},
+    {"method": "percentile", "percentile": 99.999},
+)
+_EXCLUDING = ("static_int8", "nncf_int8")
+
+
+def single_shots(
+    facts: Facts, backends: Sequence[str], is_here: Callable[[str], bool]
+) -> list[Idea]:
+    """Every setting whose library is installed."""
+    clean = (CLEAN,) if facts.format == ONNX else ()
+    return [
+        Idea(Variant("", backend, passes=(*clean, shot.step)), shot.why)
+        for backend in backends
+        for shot in SHOTS.get((facts.format, backend), ())
+        if (not shot.operators or shot.operators & facts.operators)
+        and (not shot.needs or is_here(shot.needs))
+    ]
+
+
+# --- stages: each is told what was found before it ------------------------------------------------
+
+
+def for_speed(facts: Facts, found: Sequence[Trial], _: Search) -> list[Idea]:
+    """Leave float what integer kernels serve badly."""
+    thin, depthwise, last = facts.slow
+    sets = {
+        "few input channels stay float": thin,
+        "depthwise stays float": depthwise,
+        "few input channels and depthwise stay float": (*thin, *depthwise) if depthwise else (),
+        "few input channels and the last stay float": (*thin, *last) if thin else (),
+        "the last stays float": last,
+    }
+    return [
+        Idea(_excluding(parent.variant, names), f"{parent.variant.name}: {why}")
+        for parent in parents(found)
+        for why, names in sets.items()
+        if names
+    ]
+
+
+def by_sensitivity(facts: Facts, found: Sequence[Trial], _: Search) -> list[Idea]:
+    """Leave float the 1, 2, 4, ... most sensitive, with and without the slow ones."""
+    counts = [1 << bit for bit in range(10) if 1 << bit <= len(facts.layers) // 2]
+    ideas = []
+    for parent in parents(found):
+        for count in counts:
+            for slow in dict.fromkeys(((), facts.slow.thin)):
+                names = tuple(dict.fromkeys((*facts.layers[:count], *slow)))
+                also = ", and few input channels" if slow else ""
+                why = f"{parent.variant.name}: the {count} most sensitive stay float{also}"
+                ideas.append(Idea(_excluding(parent.variant, names), why))
+    return ideas
+
+
+def pruned(facts: Facts, found: Sequence[Trial], search: Search) -> list[Idea]:
+    """Fewer channels before integers."""
+    if facts.format != ONNX:
+        return []
+    best = {one.variant.backend: one for one in reversed(parents(found))}
+    return [
+        Idea(_pruned(variant, ratio, search.train), f"{parent.variant.name}: {ratio:g} pruned")
+        for parent in best.values()
+        for variant in (parent.variant, _excluding(parent.variant, facts.slow.thin))
+        for ratio in search.ratios
+    ]
+
+
+STAGES: tuple[Callable[[Facts, Sequence[Trial], Search], list[Idea]], ...] = (
+    for_speed,
+    by_sensitivity,
+    pruned,
+)
+
+
+def parents(found: Sequence[Trial]) -> list[Trial]:
+    """The best 8-bit trials of each backend that take an exclude list and leave nothing out yet."""
+    plain = [one for one in found if one.found and _plain(one.variant)]
+    ranked = sorted(plain, key=lambda one: (_costs(one), one.number))
+    counts: dict[str, int] = {}
+    kept = []
+    for one in ranked:
+        counts[one.variant.backend] = counts.get(one.variant.backend, 0) + 1
+        if counts[one.variant.backend] <= PARENTS:
+            kept.append(one)
+    return kept
+
+
+def _plain(variant: Variant) -> bool:
+    last = variant.passes[-1] if variant.passes else {}
+    return (
+        last.get("use") in _EXCLUDING
+        and not last.get("exclude")
+        and last.get("activations", "u8") == "u8"
+        and last.get("format", "qdq") == "qdq"
+        and not any(step["use"] == "prune_channels" for step in variant.passes)
+    )
+
+
+# --- neighbours of the front ----------------------------------------------------------------------
+
+
+def neighbours(facts: Facts, found: Sequence[Trial], search: Search, seed: int) -> list[Idea]:
+    """Random steps from members of the front, by the seed (which holds the round's number)."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    front = front_of(found)
+    ideas = []
+    for _ in range(SIDESTEPS if front else 0):
+        parent = front[int(rng.integers(len(front)))]
+        steps = list(_steps(facts, parent.variant, search, rng))
+        if steps:
+            variant, what = steps[int(rng.integers(len(steps)))]
+            ideas.append(Idea(variant, f"{parent.variant.name}: {what}"))
+    return ideas
+
+
+def front_of(found: Sequence[Trial]) -> list[Trial]:
+    """Trials that no other of their backend beats in loss, size and multiplications at once."""
+    kept: list[Trial] = []
+    for backend in dict.fromkeys(one.variant.backend for one in found):
+        mine = [one for one in found if one.variant.backend == backend and one.found]
+        kept += [mine[index] for index in pareto.front([_costs(one) for one in mine])]
+    return sorted(kept, key=lambda one: one.number)
+
+
+def _costs(one: Trial) -> pareto.Costs:
+    assert one.found is not None
+    return one.found.loss, float(one.found.work), float(one.found.size_bytes)
+
+
+def _steps(
+    facts: Facts, variant: Variant, search: Search, rng: np.random.Generator
+) -> Iterator[tuple[Variant, str]]:
+    """One step of each kind that is possible from here."""
+    last = variant.passes[-1]
+    if last["use"] in _EXCLUDING and facts.layers:
+        name = facts.layers[int(rng.integers(len(facts.layers)))]
+        names = set(last.get("exclude", ())) ^ {name}
+        if len(names) < len(facts.layers):
+            yield _with(variant, exclude=sorted(names)), f"{name} changes sides"
+    if last["use"] == "static_int8":
+        ranges = _RANGES[int(rng.integers(len(_RANGES)))]
+        plain = {key: value for key, value in last.items() if key not in ("method", "percentile")}
+        changed = (*variant.passes[:-1], {**plain, **ranges})
+        yield Variant("", variant.backend, variant.options, changed), "other ranges"
+        yield _with(variant, per_channel=not last.get("per_channel", True)), "other weight scales"
+    if last["use"] == "nncf_int8":
+        slow = not last.get("fast_bias_correction", True)
+        yield _with(variant, fast_bias_correction=slow), "other bias correction"
+    ratio = next((s["ratio"] for s in variant.passes if s["use"] == "prune_channels"), 0.0)
+    if ratio:
+        ratio = ratio + RATIO_STEP * (1 if rng.integers(2) else -1)
+        if 0 < ratio < 1:
+            yield _pruned(variant, ratio, search.train), f"{ratio:g} pruned"
+
+
+# --- variants -------------------------------------------------------------------------------------
+
+
+def _excluding(variant: Variant, names: Sequence[str]) -> Variant:
+    return _with(variant, exclude=sorted(names)) if names else variant
+
+
+def _with(variant: Variant, **options: Any) -> Variant:
+    changed = (*variant.passes[:-1], {**variant.passes[-1], **options})
+    return Variant("", variant.backend, variant.options, changed)
+
+
+def _pruned(variant: Variant, ratio: float, train: str) -> Variant:
+    """The variant behind clean-up, pruning and, with `train`, training again."""
+    kept = [s for s in variant.passes if s["use"] not in ("clean", "prune_channels", "fine_tune")]
+    before: list[dict[str, Any]] = [CLEAN, {"use": "prune_channels", "ratio": ratio}]
+    if train:
+        before.append({"use": "fine_tune", "train": train})
+    return Variant("", variant.backend, variant.options, (*before, *kept))
+
+
+def label(variant: Variant) -> str:
+    """A few words for a name: the last pass and what is special about it."""
+    last = variant.passes[-1] if variant.passes else {"use": "fp32"}
+    words = [_LABELS.get(last["use"], last["use"].replace("_", "-"))]
+    if any(step["use"] == "prune_channels" for step in variant.passes):
+        words.append("pruned")
+    words += [str(last[key]) for key in ("method", "activations") if key in last]
+    if last.get("exclude"):
+        words.append("mixed")
+    return "-".join(words)
+
+
+_LABELS = {"static_int8": "int8", "nncf_int8": "nncf", "tflite_int8": "int8", "weight_only": "w8"}

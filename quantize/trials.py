@@ -1,0 +1,236 @@
+"""One candidate of a search: how it is tried, and how trials are remembered.
+
+Law of this file: `attempt` is a job of an executor: it builds and judges one variant and does not
+know why. Latency is not measured here: jobs may run side by side. The journal is a file of lines,
+each a finished trial; a line that was cut off (power, a full disk) is as if it had not been tried.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from edge_runtime.backends import backend
+from edge_runtime.errors import ModelError
+from quantize import building, datasets, onnx_door, passes, scratch, workflow
+from quantize.evaluating import Judge
+from quantize.pruning import work
+from quantize.recipe import Recipe, Variant
+from quantize.workflow import Prepared
+
+Array = np.ndarray[Any, Any]
+
+ROWS = 32
+# What a multiplication in float costs beside one of integers, to order trials without a clock.
+FLOAT_COST = 4
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What a job found out.
+
+    Attributes:
+        loss: of the metric against the float model on the trial's samples; error: its standard
+            error. work: multiplications, those in float counted FLOAT_COST times; 0: not known.
+    """
+
+    path: str
+    loss: float
+    error: float
+    size_bytes: int
+    work: int
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """A finished trial, as it stands in the journal.
+
+    Attributes:
+        key: says what was tried on what; number: its place in the order.
+        time: milliseconds of a run / those of the float model on the same backend, same rounds;
+            0: not measured, and then there is a refusal.
+    """
+
+    key: str
+    number: int
+    variant: Variant
+    why: str
+    found: Found | None = None
+    p50_ms: float = 0.0
+    time: float = 0.0
+    attempts: int = 1
+    refusal: str = ""
+
+
+class Order(msgspec.Struct, frozen=True):
+    """What a job is told: a recipe with the one variant, and the work folder."""
+
+    recipe: Recipe
+    folder: str
+
+
+def order(recipe: Recipe, variant: Variant, folder: Path) -> dict[str, Any]:
+    """The order for `attempt`, as plain values."""
+    mine = alone(recipe, (variant,))
+    told: dict[str, Any] = msgspec.to_builtins(Order(mine, str(folder)))
+    return told
+
+
+def alone(recipe: Recipe, variants: tuple[Variant, ...]) -> Recipe:
+    """The recipe of a trial: other variants, fewer samples, no search."""
+    assert recipe.search is not None
+    most, wanted = recipe.search.samples, recipe.evaluation.samples
+    samples = min(most, wanted) if most and wanted else most or wanted
+    return msgspec.structs.replace(
+        recipe,
+        variants=variants,
+        search=None,
+        evaluation=msgspec.structs.replace(recipe.evaluation, samples=samples),
+    )
+
+
+def key(ready: Prepared, chain: building.Chain) -> str:
+    """Of everything that decides a trial's result, libraries included."""
+    return scratch.key(
+        context(ready),
+        chain.variant.backend,
+        chain.variant.options,
+        backend(chain.variant.backend).version(),
+        [[passes.describe(one), one.versions()] for one in chain.passes],
+    )
+
+
+def context(ready: Prepared) -> str:
+    """Of what all trials of a search have in common."""
+    recipe, labels = ready.recipe, ready.split.evaluation.labels
+    return scratch.key(
+        scratch.file_sha256(ready.source.path),
+        datasets.fingerprint(ready.split.calibration)["sha256"],
+        datasets.fingerprint(ready.split.evaluation)["sha256"],
+        None if labels is None else scratch.key(labels.tolist()),
+        [ready.metric, recipe.evaluation, recipe.seed, recipe.threads],
+    )
+
+
+def attempt(given: dict[str, Any]) -> dict[str, Any]:
+    """Build and judge a variant. The job of an executor.
+
+    Raises:
+        EdgeError: it cannot be built, or its backend refuses it.
+    """
+    told = msgspec.convert(given, Order)
+    kept = scratch.Scratch(Path(told.folder))
+    ready = workflow.prepare(told.recipe)
+    chain = next(one for one in ready.chains if one.variant == told.recipe.variants[0])
+    built = building.build(
+        chain, ready.source, ready.split.calibration, told.recipe.seed, kept, _silent
+    )
+    if built.path is None:
+        raise ModelError(built.refusal)
+    mine = answers(ready.judge, chain.variant, built.path)
+    lost = scores_of(ready, reference(ready, kept)) - scores_of(ready, mine, reference(ready, kept))
+    found = Found(
+        str(built.path),
+        float(lost.mean()),
+        float(lost.std() / math.sqrt(len(lost))),
+        built.path.stat().st_size,
+        work_of(built.path),
+    )
+    plain: dict[str, Any] = msgspec.to_builtins(found)
+    return plain
+
+
+def scores_of(ready: Prepared, mine: Array, want: Array | None = None) -> Array:
+    """One score per sample."""
+    judge = ready.judge
+    return judge.metric.score(mine, judge.data.labels, mine if want is None else want)
+
+
+def reference(ready: Prepared, kept: scratch.Scratch) -> Array:
+    """The float model's answers; computed by the first trial."""
+    first = ready.chains[0].variant
+    float_on = first if not first.passes else Variant("float", first.backend)
+
+    def make(draft: Path) -> None:
+        with draft.open("wb") as file:
+            np.save(file, answers(ready.judge, float_on, ready.source.path), allow_pickle=False)
+
+    name = scratch.key("reference", context(ready), float_on.backend, float_on.options)
+    return np.asarray(np.load(kept.made(name, ".npy", make), allow_pickle=False))
+
+
+def answers(judge: Judge, variant: Variant, path: Path) -> Array:
+    """The judged output for every sample, in this process. Raises: EdgeError."""
+    model = backend(variant.backend).load(path, judge.options(variant))
+    rows = ROWS if judge.source.batch_axis == 0 else 1
+    parts = [
+        np.array(model.run(feed)[judge.output])
+        for feed in datasets.batches(judge.data.inputs, rows)
+    ]
+    return np.concatenate(parts)
+
+
+def work_of(path: Path) -> int:
+    """See Found.work."""
+    if path.suffix != ".onnx":
+        return 0
+    graph = onnx_door.load(path).graph
+    made = {out: node.op_type for node in graph.node for out in node.output}
+    integer = {
+        node.name or node.output[0]
+        for node in graph.node
+        if node.op_type in _INTEGER or "DequantizeLinear" in map(made.get, node.input[:1])
+    }
+    return sum(
+        count * (1 if name in integer else FLOAT_COST) for name, count in work.by_node(path).items()
+    )
+
+
+_INTEGER = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QGemm")
+
+
+def _silent(_: str) -> None:
+    """A job has nobody to tell."""
+
+
+class Journal:
+    """The finished trials of all searches that worked in one folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, Trial] = {}
+        whole = self._read()
+        if path.exists() and whole != path.stat().st_size:
+            with path.open("r+b") as file:
+                file.truncate(whole)
+
+    def get(self, key: str) -> Trial | None:
+        """The trial of that key, if it was finished."""
+        return self._known.get(key)
+
+    def add(self, trial: Trial) -> None:
+        """Append a line, on disk before this returns."""
+        self._known[trial.key] = trial
+        with self.path.open("ab") as file:
+            file.write(msgspec.json.encode(trial) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self) -> int:
+        """Take in all lines that are whole; the number of bytes up to the first that is not."""
+        if not self.path.exists():
+            return 0
+        whole = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                trial = msgspec.json.decode(line, type=Trial)
+            except msgspec.DecodeError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            self._known[trial.key] = trial
+            whole += len(line)
+        return whole
