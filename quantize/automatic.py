@@ -16,7 +16,7 @@ from device_profiles.schema import ProfileError
 from edge_runtime.errors import NotFoundError, UsageError
 from quantize import models, onnx_door, proposing
 from quantize.models import ModelFile
-from quantize.recipe import Budgets, Data, Evaluation, Pack, Recipe
+from quantize.recipe import Budgets, Data, Evaluation, Pack, Recipe, Search
 
 # The module that a backend needs here, on the builder's machine, to be measured at all.
 MODULES = {
@@ -39,6 +39,7 @@ class Wish(NamedTuple):
     drop_max: float | None = None
     samples: int = 0
     threads: int = 1
+    search_s: float = 0.0
 
 
 def recipe(wish: Wish) -> Recipe:
@@ -67,6 +68,7 @@ def recipe(wish: Wish) -> Recipe:
         evaluation=Evaluation(samples=wish.samples),
         budgets=Budgets(drop_max=wish.drop_max),
         variants=proposal.variants,
+        search=Search(time_s_max=wish.search_s) if wish.search_s else None,
         pack=Pack(labels=_labels(wish.labels)),
         notes=tuple(
             f"not tried: what {module} could do; it is not installed" for module in proposal.missing

@@ -147,10 +147,10 @@ class _Process(NamedTuple):
 
 
 class LocalExecutor:
-    """A process per job."""
+    """A process per job; one at a time where nothing else is said, for jobs take all they get."""
 
-    def __init__(self, workers: int = 1) -> None:
-        self.workers = workers
+    def __init__(self, workers: int = 0) -> None:
+        self.workers = workers or 1
         self._folder = tempfile.TemporaryDirectory(prefix="edge-q-jobs-")
         self._running: dict[str, _Process] = {}
         self._count = 0
@@ -218,7 +218,7 @@ def executor(name: str, workers: int = 0) -> Executor:
     if name not in EXECUTORS:
         raise UsageError(f"unknown executor {name!r}", expected="one of " + ", ".join(EXECUTORS))
     module, _, kind = EXECUTORS[name].partition(":")
-    found: Executor = getattr(importlib.import_module(module), kind)(workers or 1)
+    found: Executor = getattr(importlib.import_module(module), kind)(workers)
     return found
 
 

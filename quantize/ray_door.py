@@ -22,14 +22,16 @@ from quantize.executors import Job, Said
 
 
 class RayExecutor:
-    """See executors.Executor. One fresh worker process per job, as on one machine."""
+    """See executors.Executor. One fresh worker process per job, as on one machine.
 
-    def __init__(self, workers: int = 1) -> None:
-        self.workers = workers
+    `workers`: 0: as many as the cluster has processors.
+    """
+
+    def __init__(self, workers: int = 0) -> None:
         self._ray = _library()
         elsewhere = bool(os.environ.get("RAY_ADDRESS"))
         more: dict[str, Any] = (
-            {} if elsewhere else {"num_cpus": workers, "include_dashboard": False}
+            {} if elsewhere else {"num_cpus": workers or os.cpu_count(), "include_dashboard": False}
         )
         try:
             with contextlib.redirect_stderr(io.StringIO()):
@@ -39,6 +41,7 @@ class RayExecutor:
                 f"Ray does not start: {' '.join(str(e).split())[:300]}",
                 remedy="check RAY_ADDRESS, or leave it out to start a cluster here",
             ) from e
+        self.workers = workers or int(self._ray.cluster_resources().get("CPU", 1))
         self._call = self._ray.remote(num_cpus=1, max_retries=0, max_calls=1)(executors.call_json)
         self._keys: dict[Any, str] = {}
 

@@ -30,6 +30,7 @@ from quantize import (
     models,
     moves,
     pareto,
+    results,
     scratch,
     sensitivity,
     trials,
@@ -43,6 +44,7 @@ from quantize.passes import ONNX, Bench, Say
 from quantize.passes.integer import StaticInt8
 from quantize.pruning import work
 from quantize.recipe import Budgets, Recipe, Search, Variant
+from quantize.results import Outcome
 from quantize.trials import Found, Journal, Trial
 from quantize.workflow import Prepared
 
@@ -63,11 +65,13 @@ class Searched(NamedTuple):
     Attributes:
         recipe: the given one with the finalists among its variants, to be run as usual.
         finalists: the front of each backend. trials: all, in order; also those of earlier runs.
+        layers: the most sensitive first; empty if they were not measured.
     """
 
     recipe: Recipe
     finalists: tuple[Trial, ...]
     trials: tuple[Trial, ...]
+    layers: tuple[sensitivity.Layer, ...] = ()
 
 
 class Clock(NamedTuple):
@@ -106,7 +110,7 @@ def search(
         if run.over:
             break
     finalists = chosen(run.found, recipe, evaluating.drop_max(ready.judge))
-    return Searched(_with(recipe, finalists, run), finalists, tuple(run.found))
+    return Searched(_with(recipe, finalists, run), finalists, tuple(run.found), run.layers)
 
 
 class _Run:
@@ -127,21 +131,21 @@ class _Run:
         self.kept = scratch.Scratch(folder.resolve())
         self.journal = Journal(self.kept.folder / JOURNAL)
         self.found: list[Trial] = []
+        self.layers: tuple[sensitivity.Layer, ...] = ()
         self._tried: set[str] = set()
 
     @property
     def over(self) -> bool:
         return self.clock.left_s <= 0 or len(self.found) >= self.limits.trials_max
 
-    def work_off(self, ideas: Sequence[Idea]) -> int:
-        """Try those that are new, in batches; the number of trials made."""
+    def work_off(self, ideas: Sequence[Idea]) -> None:
+        """Try those that are new, in batches."""
         fresh = list(self._fresh(ideas))
         for first in range(0, len(fresh), BATCH):
             if self.over:
                 break
             room = self.limits.trials_max - len(self.found)
             self._batch(fresh[first : first + min(BATCH, room)])
-        return len(fresh)
 
     def _fresh(self, ideas: Sequence[Idea]) -> Iterator[tuple[str, Idea]]:
         for idea in ideas:
@@ -290,12 +294,13 @@ def _with_layers(run: _Run, facts: Facts) -> Facts:
         if done.said.refusal:
             run.say(f"sensitivity was not measured: {done.said.refusal}")
             return facts
-        return facts._replace(layers=tuple(done.said.result))
+        run.layers = msgspec.convert(done.said.result, tuple[sensitivity.Layer, ...])
+        return facts._replace(layers=tuple(one.name for one in run.layers))
     return facts
 
 
-def rank_layers(given: dict[str, Any]) -> list[str]:
-    """Names of nodes, the most sensitive first. The job of an executor."""
+def rank_layers(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """sensitivity.Layer of each, the most sensitive first. The job of an executor."""
     told = msgspec.convert({k: v for k, v in given.items() if k != "key"}, trials.Order)
     ready, kept = workflow.prepare(told.recipe), scratch.Scratch(Path(told.folder))
 
@@ -303,10 +308,10 @@ def rank_layers(given: dict[str, Any]) -> list[str]:
         draft.write_bytes(msgspec.json.encode(_ranked(ready, kept)))
 
     path = kept.made(given["key"], ".layers.json", make)
-    return msgspec.json.decode(path.read_bytes(), type=list[str])
+    return msgspec.json.decode(path.read_bytes(), type=list[dict[str, Any]])
 
 
-def _ranked(ready: Prepared, kept: scratch.Scratch) -> list[str]:
+def _ranked(ready: Prepared, kept: scratch.Scratch) -> list[sensitivity.Layer]:
     clean = models.read(_clean(ready, kept))
     macs = work.macs(clean.path)
     count = int(min(max(MACS_PER_LAYER / max(macs, 1), SAMPLES_MIN), len(ready.split.evaluation)))
@@ -330,8 +335,7 @@ def _ranked(ready: Prepared, kept: scratch.Scratch) -> list[str]:
             StaticInt8(),
             Path(folder),
         )
-        found = sensitivity.layers(probe, clean, bench, lambda _: None)
-    return [one.name for one in found]
+        return sensitivity.layers(probe, clean, bench, lambda _: None)
 
 
 # --- trials ---------------------------------------------------------------------------------------
@@ -393,14 +397,14 @@ def chosen(found: Sequence[Trial], recipe: Recipe, drop_max: float) -> tuple[Tri
     kept: list[Trial] = []
     for backend in dict.fromkeys(one.variant.backend for one in found):
         mine = [one for one in found if one.variant.backend == backend]
-        mine = [one for one in mine if _fits(one, recipe.budgets, drop_max)]
+        mine = [one for one in mine if fits(one, recipe.budgets, drop_max)]
         points = [_costs(one) for one in mine]
         front = pareto.thinned(points, MARGINS)
         kept += [mine[index] for index in pareto.by_turns(points, front)[: recipe.search.keep]]
     return tuple(sorted(kept, key=lambda one: one.number))
 
 
-def _fits(one: Trial, budgets: Budgets, drop_max: float) -> bool:
+def fits(one: Trial, budgets: Budgets, drop_max: float) -> bool:
     """Whether it can pass the budgets at all; the verdict itself is made with all samples."""
     if one.found is None or one.refusal:
         return False
@@ -427,3 +431,23 @@ def _with(recipe: Recipe, finalists: Sequence[Trial], run: _Run) -> Recipe:
     return msgspec.structs.replace(
         recipe, variants=(*recipe.variants, *new), notes=(*recipe.notes, note)
     )
+
+
+def explained(outcome: Outcome, found: Searched) -> Outcome:
+    """The outcome of the run that followed, with what the search knows of the layers."""
+    layers = tuple(
+        results.Layer(
+            one.name,
+            one.operator,
+            _relative(one.alone_sqnr_db),
+            one.loss,
+            _relative(one.own_sqnr_db),
+        )
+        for one in found.layers
+    )
+    return msgspec.structs.replace(outcome, layers=layers)
+
+
+def _relative(sqnr_db: float) -> float:
+    """The norm of the noise / the norm of the signal; 0 dB stands for "not known"."""
+    return float(10 ** (-sqnr_db / 20)) if sqnr_db else 0.0

@@ -42,7 +42,8 @@ class Layer(msgspec.Struct, frozen=True):
     Attributes:
         sqnr_db: signal to quantization noise of the model's answer when this node alone is
             quantized; less is worse. loss: of the metric then.
-        own_sqnr_db: of this node's output when the whole model is quantized; 0: not known.
+        alone_sqnr_db: of this node's own output then. own_sqnr_db: of it when the whole model is
+            quantized. 0: not known.
         macs_share: its share of the model's multiplications.
     """
 
@@ -50,6 +51,7 @@ class Layer(msgspec.Struct, frozen=True):
     operator: str
     sqnr_db: float
     loss: float
+    alone_sqnr_db: float
     own_sqnr_db: float
     macs_share: float
 
@@ -168,10 +170,14 @@ def layers(probe: Probe, source: ModelFile, bench: Bench, say: Say) -> list[Laye
     for number, (name, operator) in enumerate(nodes, 1):
         say(f"layer {number} of {len(nodes)}: {name}")
         try:
-            noise, loss = probe.cost_of(only=[name])
+            path = probe.quantized(only=[name])
+            noise, loss = probe.cost(path)
+            alone = _own(source.path, path, [(name, operator)], bench)
+            path.unlink()
         except EdgeError:
             continue  # it is quantized only together with its neighbours
-        found.append(Layer(name, operator, noise, loss, own.get(name, 0.0), shares.get(name, 0.0)))
+        three = (alone, own, shares)
+        found.append(Layer(name, operator, noise, loss, *(one.get(name, 0.0) for one in three)))
     return sorted(found, key=lambda one: (one.sqnr_db, one.name))
 
 

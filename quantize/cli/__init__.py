@@ -23,6 +23,7 @@ EXIT_INTERRUPTED = 130
 COMMANDS = (
     "quantize.cli.making",
     "quantize.cli.starting",
+    "quantize.cli.sensitivity",
     "quantize.cli.comparing",
     "quantize.cli.reporting",
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,19 @@ def add_parser(subparsers: Any) -> None:
         command.add_argument(
             "--out-json", metavar="FILE.json", type=Path, help="write the outcome, for `report`"
         )
+        command.add_argument(
+            "--executor",
+            default="local",
+            metavar="NAME",
+            help="where a search's trials run: local, ray",
+        )
+        command.add_argument(
+            "--workers",
+            type=args.count,
+            default=0,
+            metavar="N",
+            help="trials at a time (default: local 1, ray all of the cluster's processors)",
+        )
         command.add_argument("--dry-run", action="store_true", help="show the plan, do nothing")
         command.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
@@ -53,6 +67,14 @@ def add_wish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drop-max", type=float, metavar="LOSS", help="allowed loss of the metric")
     parser.add_argument("--samples", type=args.count, default=0, metavar="N", help="judge so many")
     parser.add_argument("--threads", type=args.count, default=1, metavar="N")
+    parser.add_argument(
+        "--search",
+        type=args.seconds,
+        default=0.0,
+        dest="search_s",
+        metavar="SECONDS",
+        help="search for so long for more than the libraries' own settings",
+    )
 
 
 def wished(arguments: argparse.Namespace) -> Recipe:
@@ -79,7 +101,7 @@ def _do(arguments: argparse.Namespace, recipe: Recipe) -> int:
     ready = workflow.prepare(recipe)
     if arguments.dry_run:
         return _plan(ready, as_json=arguments.json)
-    done = _work(arguments, ready)
+    done = _work(arguments, recipe, ready)
     _show(arguments, done)
     if not done.outcome.has_gain:
         raise ModelError(
@@ -91,23 +113,36 @@ def _do(arguments: argparse.Namespace, recipe: Recipe) -> int:
     return 0
 
 
-def _work(arguments: argparse.Namespace, ready: Prepared) -> Finished:
+def _work(arguments: argparse.Namespace, recipe: Recipe, ready: Prepared) -> Finished:
     import tempfile
 
     from edge_runtime.cli.progress import Progress
     from quantize import workflow
 
     progress = Progress(sys.stderr, quiet=arguments.json)
+
+    def say(what: str) -> None:
+        progress.update(what, 0, 0)
+
     with tempfile.TemporaryDirectory(prefix="edge-quantize-") as temporary:
+        folder = arguments.work or Path(temporary)
         try:
-            return workflow.run(
-                ready,
-                arguments.work or Path(temporary),
-                arguments.out,
-                lambda what: progress.update(what, 0, 0),
-            )
+            if recipe.search is None:
+                return workflow.run(ready, folder, arguments.out, say)
+            return _searched(arguments, recipe, folder, say)
         finally:
             progress.close()
+
+
+def _searched(
+    arguments: argparse.Namespace, recipe: Recipe, folder: Path, say: Callable[[str], None]
+) -> Finished:
+    from quantize import executors, search, workflow
+
+    with executors.executor(arguments.executor, arguments.workers) as executor:
+        found = search.search(recipe, folder, executor, say)
+    done = workflow.run(workflow.prepare(found.recipe), folder, arguments.out, say)
+    return done._replace(outcome=search.explained(done.outcome, found))
 
 
 def _show(arguments: argparse.Namespace, done: Finished) -> None:
@@ -154,6 +189,12 @@ def _plan(ready: Prepared, *, as_json: bool) -> int:
     for one, seconds in zip(ready.chains, expected.by_variant, strict=True):
         steps = " -> ".join(step["use"] for step in one.variant.passes) or "as it is"
         print(f"  {one.variant.name:<18} {one.variant.backend:<12} {steps:<34} {seconds:6.0f} s")
+    limits = ready.recipe.search
+    if limits is not None:
+        print(
+            f"before: a search of at most {limits.trials_max} trials in"
+            f" {output.duration(limits.time_s_max)}; up to {limits.keep} finalists per backend"
+        )
     print(
         f"about {output.duration(expected.seconds)}: one run of the float model takes"
         f" {expected.run_ms:.2f} ms here (measured)"

@@ -16,9 +16,9 @@ from edge_runtime.cli import output
 METHODS = ("minmax", "entropy", "percentile", "mse")
 
 
-def add(commands: Any) -> None:
-    """Add the command to the parser's."""
-    parser = commands.add_parser("sensitivity", help="which layers suffer from integers")
+def add_parser(subparsers: Any) -> None:
+    """The command."""
+    parser = subparsers.add_parser("sensitivity", help="which layers suffer from integers")
     parser.add_argument("model", metavar="MODEL", type=Path)
     parser.add_argument(
         "--data", required=True, help=".npz with x and y, folder of images, or module:function"

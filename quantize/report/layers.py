@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from edge_runtime.cli import output
 from quantize.sensitivity import SQNR_DB_MAX, Layer, Sensitivity
 
-HEADERS = ("layer", "operator", ">alone", ">loss", ">in all", ">work", "noise")
+HEADERS = ("layer", "operator", ">answer", ">loss", ">alone", ">in all", ">work", "noise")
 BAR_WIDTH = 20
 
 
@@ -28,7 +28,8 @@ def _row(one: Layer, loudest: float, quietest: float) -> tuple[str, ...]:
         one.operator,
         _decibels(one.sqnr_db),
         f"{one.loss:+.4f}",
-        _decibels(one.own_sqnr_db) if one.own_sqnr_db else "-",
+        _decibels(one.alone_sqnr_db),
+        _decibels(one.own_sqnr_db),
         f"{one.macs_share:.1%}",
         bar(one.sqnr_db, loudest, quietest),
     )
@@ -41,14 +42,17 @@ def bar(sqnr_db: float, loudest: float, quietest: float) -> str:
 
 
 def _decibels(value: float) -> str:
+    if not value:
+        return "-"
     return "silent" if value >= SQNR_DB_MAX else f"{value:.1f} dB"
 
 
 def _verdict(found: Sensitivity) -> Iterator[str]:
     yield (
-        "alone: signal to noise of the answer when only this layer is in integers (less is worse);"
+        "Signal to noise, less is worse: of the model's answer and (alone) of the layer's output"
+        " when only this layer is"
     )
-    yield "in all: of the layer's own output when everything is; work: share of multiplications."
+    yield "in integers; in all: of its output when every layer is. work: share of multiplications."
     yield (
         f"All in integers: {found.metric} loses {found.loss_all:+.4f} on {found.samples} samples,"
         f" {found.drop_max:g} is allowed."

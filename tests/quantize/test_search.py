@@ -1,0 +1,272 @@
+"""The search: what it tries, that it goes on where it stopped, and that it finds what is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from edge_runtime.backends import backend
+from edge_runtime.bundle import archive
+from quantize import cli, executors, kernels, moves, search
+from quantize.moves import Facts
+from quantize.recipe import Data, Recipe, Search, Variant
+from quantize.search import Searched
+from quantize.trials import Found, Journal, Trial
+from tests.quantize.inline import Cut, InlineExecutor
+
+MODEL = Path("examples/fashion_mnist/fp32.onnx").resolve()
+FACTS = Facts("onnx", frozenset({"Conv", "Gemm"}), kernels.Slow(("a",), (), ("d",)), tuple("dbca"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Blobs of light, labelled by the float model."""
+    noise = np.random.Generator(np.random.PCG64(1)).random((300, 1, 7, 7), dtype=np.float32)
+    x = noise.repeat(4, axis=2).repeat(4, axis=3)
+    answers = backend("onnxruntime").load(MODEL, {}).run({"input": x})["logits"]
+    path = tmp_path_factory.mktemp("data") / "samples.npz"
+    np.savez(path, x=x, y=answers.argmax(axis=1))
+    return path
+
+
+def recipe(data: Path, **limits: object) -> Recipe:
+    told = {"backends": ("onnxruntime",), "rounds": 3, "time_s_max": 1000.0} | limits
+    return Recipe(
+        "clothes",
+        str(MODEL),
+        Data(str(data)),
+        seed=3,
+        variants=(Variant("fp32"),),
+        search=msgspec.convert(told, Search),
+    )
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def tried(found: Searched) -> list[object]:
+    """What does not depend on time."""
+    return [(one.key, one.number, one.variant, one.why, one.found) for one in found.trials]
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """A search that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    with InlineExecutor() as executor:
+        return search.search(recipe(data, trials_max=20), folder, executor, silent)
+
+
+def strip(found: list[object], folder: str) -> str:
+    return msgspec.json.encode(found).decode().replace(folder, "")
+
+
+def test_it_begins_with_the_single_settings_and_goes_on_from_the_best(whole: Searched) -> None:
+    why = [one.why for one in whole.trials]
+    assert why[0] == "onnxruntime minmax" and "onnxruntime entropy" in why
+    assert any("few input channels stay float" in one for one in why)
+    assert any("changes sides" in one for one in why)
+    assert [one.number for one in whole.trials] == list(range(1, 21))
+    assert len({one.key for one in whole.trials}) == 20
+    assert all(one.refusal or one.time > 0 for one in whole.trials)
+    assert {one.name for one in whole.layers} >= {"/0/Conv", "/3/Conv", "/18/Gemm"}
+
+
+def test_no_single_setting_beats_the_front_that_is_kept(whole: Searched) -> None:
+    single = [one for one in whole.trials if one.why.startswith("onnxruntime ") and one.found]
+    everything = search.chosen(
+        whole.trials, msgspec.structs.replace(recipe(Path(), keep=32)), drop_max=1.0
+    )
+    assert everything
+    for one in single:
+        assert one.found is not None
+        if not search.fits(one, recipe(Path()).budgets, 1.0):
+            continue
+        assert any(
+            other.found is not None
+            and other.found.loss <= one.found.loss
+            and other.time <= one.time * (1 + search.MARGINS[1])
+            and other.found.size_bytes <= one.found.size_bytes * (1 + search.MARGINS[2])
+            for other in everything
+        )
+
+
+def test_one_that_was_cut_off_goes_on_and_ends_as_if_it_had_not_been(
+    whole: Searched, data: Path, tmp_path: Path
+) -> None:
+    given = recipe(data, trials_max=20)
+    with pytest.raises(Cut), InlineExecutor(most=12) as executor:
+        search.search(given, tmp_path, executor, silent)
+    journal = tmp_path / search.JOURNAL
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 10  # the single settings; the batch after them was cut off
+    journal.write_bytes(b"".join(lines)[:-40])  # and so was the last line
+    with InlineExecutor() as executor:
+        second = search.search(given, tmp_path, executor, silent)
+    attempts = [job for job in executor.jobs if job.function == "quantize.trials:attempt"]
+    assert len(attempts) == 20 - 9
+    paths = [Path(one.found.path).parent for one in whole.trials if one.found]
+    assert strip(tried(second), str(tmp_path)) == strip(tried(whole), str(paths[0]))
+    with InlineExecutor() as executor:
+        third = search.search(given, tmp_path, executor, silent)
+    assert [job.function for job in executor.jobs] == ["quantize.search:rank_layers"]
+    assert third == second
+
+
+def test_no_trial_begins_after_the_time(data: Path, tmp_path: Path) -> None:
+    now_s = [0.0]
+
+    class Slow(InlineExecutor):
+        def submit(self, job: executors.Job) -> None:
+            now_s[0] += 10
+            super().submit(job)
+
+    with Slow() as executor:
+        found = search.search(
+            recipe(data, time_s_max=25.0), tmp_path, executor, silent, lambda: now_s[0]
+        )
+    assert len(executor.jobs) == len(found.trials) == 3
+    assert "3 trials" in found.recipe.notes[-1]
+
+
+def test_local_processes_find_what_one_process_finds(
+    whole: Searched, data: Path, tmp_path: Path
+) -> None:
+    with executors.LocalExecutor(2) as executor:
+        found = search.search(recipe(data, trials_max=4), tmp_path, executor, silent)
+    paths = [Path(one.found.path).parent for one in whole.trials if one.found]
+    assert strip(tried(found), str(tmp_path)) == strip(tried(whole)[:4], str(paths[0]))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="ray is not installed (make test-quantize)"
+)
+def test_a_ray_cluster_finds_what_this_machine_finds(
+    whole: Searched, data: Path, tmp_path: Path
+) -> None:
+    with executors.executor("ray", 2) as executor:
+        found = search.search(recipe(data, trials_max=4), tmp_path, executor, silent)
+    paths = [Path(one.found.path).parent for one in whole.trials if one.found]
+    assert strip(tried(found), str(tmp_path)) == strip(tried(whole)[:4], str(paths[0]))
+
+
+def test_run_searches_judges_the_finalists_and_packs_them(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {
+        "name": "clothes",
+        "source": str(MODEL),
+        "data": {"path": str(data)},
+        "budgets": {"drop_max": 0.3, "speedup_min": 0},
+        "search": {"trials_max": 2, "keep": 1, "rounds": 3},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(told))
+    out = tmp_path / "out.bundle"
+    words = ["run", str(tmp_path / "recipe.yaml"), "-o", str(out), "--json"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in outcome["evaluated"]][1:] in (
+        ["s01-int8-minmax"],
+        ["s02-int8-minmax-per-tensor"],
+    )
+    with archive.open_bundle(out) as bundle:
+        assert len(bundle.manifest.variants) == 2
+
+
+# --- moves ----------------------------------------------------------------------------------------
+
+
+def trial(number: int, variant: Variant, loss: float, time: float = 0.5) -> Trial:
+    named = msgspec.structs.replace(variant, name=f"t{number}")
+    found = Found("", loss, 0.0, 1000 - number, 100)
+    return Trial(str(number), number, named, "", found, 1.0, time)
+
+
+def shots() -> list[moves.Idea]:
+    return moves.single_shots(FACTS, ["onnxruntime", "openvino"], lambda _: True)
+
+
+def history(time: float) -> list[Trial]:
+    return [
+        trial(number, idea.variant, 0.001 * (number % 3), time * number)
+        for number, idea in enumerate(shots(), 1)
+    ]
+
+
+def test_what_is_tried_next_does_not_depend_on_a_time_that_was_measured() -> None:
+    limits = Search(ratios=(0.25,))
+    for stage in moves.STAGES:
+        assert stage(FACTS, history(1.0), limits) == stage(FACTS, history(0.01), limits)
+        assert stage(FACTS, history(1.0), limits)
+    assert moves.neighbours(FACTS, history(1.0), limits, 5) == moves.neighbours(
+        FACTS, history(0.01), limits, 5
+    )
+
+
+def test_the_most_sensitive_are_left_out_first() -> None:
+    ideas = moves.by_sensitivity(FACTS, history(1.0), Search())
+    left = {tuple(idea.variant.passes[-1]["exclude"]) for idea in ideas}
+    assert left == {("d",), ("a", "d"), ("b", "d"), ("a", "b", "d")}  # "a" is slow in integers
+
+
+def test_neighbours_follow_the_seed() -> None:
+    first = moves.neighbours(FACTS, history(1.0), Search(), 5)
+    assert first == moves.neighbours(FACTS, history(1.0), Search(), 5)
+    assert first != moves.neighbours(FACTS, history(1.0), Search(), 6)
+
+
+def test_settings_of_libraries_that_are_missing_are_not_tried() -> None:
+    every = {idea.why for idea in shots()}
+    here = {
+        idea.why for idea in moves.single_shots(FACTS, ["onnxruntime"], lambda name: name != "nncf")
+    }
+    assert any("NNCF" in why for why in every) and not any("NNCF" in why for why in here)
+
+
+def test_16_bit_activations_are_not_tried_on_openvino_which_answers_wrongly() -> None:
+    on = [idea.variant for idea in shots() if idea.variant.backend == "openvino"]
+    assert not any("activations" in step for variant in on for step in variant.passes)
+
+
+def test_nothing_that_was_pruned_is_pruned_twice() -> None:
+    variant = next(iter(shots())).variant
+    ideas = moves.pruned(FACTS, [trial(1, variant, 0.0)], Search(ratios=(0.25, 0.5)))
+    for idea in ideas:
+        uses = [step["use"] for step in idea.variant.passes]
+        assert uses == ["clean", "prune_channels", "static_int8"]
+    with_training = moves.pruned(
+        FACTS, [trial(1, variant, 0.0)], Search(ratios=(0.25,), train="a:b")
+    )
+    assert [step["use"] for step in with_training[0].variant.passes][2] == "fine_tune"
+
+
+# --- the journal ----------------------------------------------------------------------------------
+
+
+def test_a_journal_keeps_what_was_whole_at_whatever_byte_it_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    journal = Journal(path)
+    some = [trial(number, Variant("x"), 0.1) for number in (1, 2)]
+    for one in some:
+        journal.add(one)
+    data = path.read_bytes()
+    first = data.index(b"\n") + 1
+    for cut in range(len(data)):
+        path.write_bytes(data[:cut])
+        again = Journal(path)
+        assert (again.get("1") is not None) == (cut >= first)
+        assert again.get("2") is None
+        again.add(some[1])
+        assert Journal(path).get("2") == some[1]
+
+
+def test_the_first_convolution_of_the_example_is_slow_in_integers() -> None:
+    assert kernels.slow(MODEL) == kernels.Slow(("/0/Conv",), (), ("/18/Gemm",))
