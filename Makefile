@@ -6,9 +6,10 @@ STAMP := $(VENV)/.stamp-dev
 ACCELERATORS := .venv-accelerators
 TFLITE := .venv-tflite
 PAIRS := .venv-pairs
+QUANTIZE := .venv-quantize
 STAMP_RUN := $(VENV)/.stamp-run
 
-.PHONY: demo test test-tflite test-pairs test-accelerators check bench soak clean install
+.PHONY: demo test test-tflite test-pairs test-accelerators test-quantize check bench soak clean install
 
 # One environment; filled again when the requirements change. The demo needs one backend only, the
 # tests all of them (three times the download).
@@ -75,6 +76,19 @@ $(ACCELERATORS)/.stamp: setup.cfg pyproject.toml
 test-accelerators: $(ACCELERATORS)/.stamp
 	@$(ACCELERATORS)/bin/python -m pytest tests/accelerators
 
+# Every library that quantizes, and a Ray cluster of this machine: 1.1 GB, so in an environment of
+# their own. TORCH=1 adds torch (0.8 GB) and the tests of training again after pruning.
+$(QUANTIZE)/.stamp: setup.cfg pyproject.toml
+	@test -x $(QUANTIZE)/bin/python || $(PYTHON) -m venv $(QUANTIZE)
+	@echo "installing into $(QUANTIZE) ..."
+	@$(QUANTIZE)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[dev,quantize-openvino,quantize-litert,quantize-ray$(if $(TORCH),$(comma)quantize-torch)]'
+	@touch $@
+
+comma := ,
+test-quantize: $(QUANTIZE)/.stamp
+	@$(QUANTIZE)/bin/python -m pytest tests/quantize
+
 check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -92,4 +106,4 @@ soak: $(STAMP)
 	@$(BIN)/python -m bench --only soak --out out/soak
 
 clean:
-	rm -rf $(VENV) $(ACCELERATORS) $(TFLITE) $(PAIRS) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ACCELERATORS) $(TFLITE) $(PAIRS) $(QUANTIZE) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

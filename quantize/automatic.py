@@ -14,8 +14,9 @@ from typing import NamedTuple
 from device_profiles import loading
 from device_profiles.schema import ProfileError
 from edge_runtime.errors import NotFoundError, UsageError
-from quantize import models, onnx_door, proposing
+from quantize import kernels, models, onnx_door, proposing
 from quantize.models import ModelFile
+from quantize.passes import ONNX
 from quantize.recipe import Budgets, Data, Evaluation, Pack, Recipe, Search
 
 # The module that a backend needs here, on the builder's machine, to be measured at all.
@@ -50,7 +51,8 @@ def recipe(wish: Wish) -> Recipe:
     """
     source = models.read(wish.model)
     backends = [one for one in target_backends(wish.target) if is_here(one)]
-    proposal = proposing.propose(source, operators(source), backends, _can_import)
+    thin = kernels.slow(source.path).thin if source.format == ONNX else ()
+    proposal = proposing.propose(source, operators(source), backends, _can_import, thin)
     if not proposal.variants:
         raise UsageError(
             f"nothing to try for {wish.target}: none of its backends is installed and reads"

@@ -287,7 +287,9 @@ def label(variant: Variant) -> str:
     words = [_LABELS.get(last["use"], last["use"].replace("_", "-"))]
     if any(step["use"] == "prune_channels" for step in variant.passes):
         words.append("pruned")
-    words += [str(last[key]) for key in ("method", "activations", "format", "preset") if key in last]
+    words += [
+        str(last[key]) for key in ("method", "activations", "format", "preset") if key in last
+    ]
     if last.get("per_channel") is False:
         words.append("per-tensor")
     if last.get("exclude"):

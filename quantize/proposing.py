@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from quantize.models import ModelFile
 from quantize.passes import ONNX, TFLITE
 from quantize.recipe import Variant
@@ -20,12 +22,14 @@ class Idea(NamedTuple):
     """A variant to try.
 
     `operators`: only for models that have one of these (empty: any). `needs`: a module that must be
-    installed beside what the extra `quantize` brings.
+    installed beside what the extra `quantize` brings. `leaves_thin`: nodes that integers make
+    slower stay float; only for models that have some.
     """
 
     variant: Variant
     operators: frozenset[str] = frozenset()
     needs: str = ""
+    leaves_thin: bool = False
 
 
 _EDGE = "ai_edge_quantizer"
@@ -41,6 +45,7 @@ _ONNX: dict[str, tuple[Idea, ...]] = {
     "onnxruntime": (
         Idea(Variant("fp32", "onnxruntime")),
         Idea(Variant("int8", "onnxruntime", passes=_static())),
+        Idea(Variant("int8-mixed", "onnxruntime", passes=_static()), leaves_thin=True),
         Idea(Variant("int8-percentile", "onnxruntime", passes=_static(method="percentile"))),
         Idea(Variant("int8-mse", "onnxruntime", passes=_static(method="mse"))),
         Idea(
@@ -78,12 +83,13 @@ def propose(
     operators: set[str],
     backends: Sequence[str],
     is_here: Callable[[str], bool],
+    thin: Sequence[str] = (),
 ) -> Proposal:
     """The variants to try, the float model first.
 
     Args:
         operators: kinds of nodes in the model. backends: of the target, in its order. is_here:
-            whether a module can be imported.
+            whether a module can be imported. thin: nodes that integers make slower, by name.
     """
     table = _BY_FORMAT.get(source.format, {})
     ideas = [
@@ -91,7 +97,16 @@ def propose(
         for backend in backends
         for idea in table.get(backend, ())
         if not idea.operators or idea.operators & operators
+        if thin or not idea.leaves_thin
     ]
-    fit = [idea.variant for idea in ideas if not idea.needs or is_here(idea.needs)]
+    fit = [_variant(idea, thin) for idea in ideas if not idea.needs or is_here(idea.needs)]
     missing = {idea.needs for idea in ideas if idea.needs and not is_here(idea.needs)}
     return Proposal(tuple(fit), tuple(sorted(missing)))
+
+
+def _variant(idea: Idea, thin: Sequence[str]) -> Variant:
+    if not idea.leaves_thin:
+        return idea.variant
+    *before, last = idea.variant.passes
+    passes = (*before, {**last, "exclude": list(thin)})
+    return msgspec.structs.replace(idea.variant, passes=passes)
