@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,41 @@ REFUSED = {
 def test_lint_refuses(case: str):
     xml, text = REFUSED[case]
     assert text in errors(packed(xml))
+
+
+LAYER = '<layer id="%d" name="%s" type="%s" version="opset1"><output>%s</output></layer>'
+PAYLOAD = 4 << 20
+HUGE = {
+    "lines": "<net>" + "\n" * PAYLOAD + "</net>",
+    "characters by number": "<net>" + "&#65;" * (PAYLOAD // 5) + "</net>",
+    "a name": f'<net a="{"A" * PAYLOAD}"/>',
+    "dimensions": "<net><layers>"
+    + LAYER % (0, "a", "Add", f'<port id="0">{"<dim>1</dim>" * (PAYLOAD // 12)}</port>')
+    + "</layers></net>",
+    "digits": XML.replace("<dim>1</dim>", f"<dim>{'1' * PAYLOAD}</dim>", 1),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_much_of_anything_is_refused_in_time_that_grows_with_the_file_only(case: str):
+    began_s = time.process_time()
+    assert errors(packed(HUGE[case]))
+    assert time.process_time() - began_s < 4, "some ms a MiB, on any machine"
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        lambda n: "".join(LAYER % (i, "a", f"Type{i}", "") for i in range(n)),
+        lambda n: LAYER % (0, "a", "Add", "".join(f'<port id="{i}"/>' for i in range(n))),
+        lambda n: "".join(LAYER % (i, "a", "Result", "") for i in range(n)),
+    ],
+    ids=["types", "ports", "results"],
+)
+def test_what_is_kept_of_a_graph_has_a_limit(many: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(openvino_ir, "KEPT_BYTES_MAX", 1000 * openvino_ir.KEPT_ITEM_BYTES)
+    assert "too many" not in errors(packed(f"<net><layers>{many(500)}</layers></net>"))
+    assert "too many" in errors(packed(f"<net><layers>{many(1001)}</layers></net>"))
 
 
 @given(st.integers(0, len(packed()) - 1), st.binary(min_size=1, max_size=8))
