@@ -26,7 +26,7 @@ import numpy as np
 from edge_runtime.backends import checks, heap, openvino_devices
 from edge_runtime.backends import options as typed
 from edge_runtime.backends.openvino_devices import Options
-from edge_runtime.backends.openvino_library import brief, failure, foreign, library, native_infer
+from edge_runtime.backends.openvino_library import brief, failure, foreign, library
 from edge_runtime.backends.protocol import BlobCache, Placement
 from edge_runtime.errors import BackendError, UsageError, did_you_mean
 from edge_runtime.tensors import TensorSpec
@@ -56,7 +56,6 @@ _IR_HEADER = struct.Struct("<8sQQ")
 _IR_MAGIC = b"EDGE-IR1"
 _IR_ALIGNMENT = 64
 _TFLITE_MAGIC = b"TFL3"  # file identifier at byte 4, from the TFLite schema
-_NOTHING: dict[Any, Any] = {}  # no input beside those that are bound
 
 
 class OpenVino:
@@ -117,6 +116,7 @@ class OpenVinoModel:
         self.placement = placement
         self.concurrent = options.streams > 1
         self._compiled = compiled
+        self._run_request = openvino_devices.way_to_run(compiled)
         self._input_indexes = {spec.name: index for index, spec in enumerate(self.inputs)}
         self._output_indexes = {spec.name: index for index, spec in enumerate(self.outputs)}
         self._bindable = _bindable(model, self.outputs)
@@ -166,7 +166,7 @@ class OpenVinoModel:
         direct = {name: array for name, array in bound.items() if name in self._bindable}
         loose = [name for name in wanted if name not in direct]
         resets, errors = self._resets, foreign()
-        infer = native_infer()
+        run_request = self._run_request
         first = True
 
         # `inputs` is an argument to keep the arrays alive: the library holds bare pointers.
@@ -175,7 +175,7 @@ class OpenVinoModel:
             try:
                 if resets:
                     request.reset_state()
-                infer(request, _NOTHING, True, False)
+                run_request(request)
                 if first:
                     results = self._collect(request, bound, wanted)
                     self._set_outputs(request, direct)
@@ -216,7 +216,7 @@ class OpenVinoModel:
     def _infer(self, request: Any, reset: bool) -> None:
         if reset:
             request.reset_state()
-        native_infer()(request, _NOTHING, True, False)
+        self._run_request(request)
 
     def _set_inputs(self, request: Any, arrays: Mapping[str, Array]) -> None:
         for name, array in arrays.items():

@@ -8,6 +8,10 @@ execution", "Model caching". Traps that are met on purpose:
 - on processors with bf16 units fp32 models run in bf16 by default: the precision is always stated;
 - AUTO hides which device failed and why, and may move to the CPU later, at any run: AUTO is done
   here, one device after the other, and the reasons are kept;
+- a CPU with one stream of one thread runs in the thread that calls, and there loses every error of
+  a run: the outputs stay what they were (another client's, perhaps), the failed run stays queued
+  and is begun again by the next. HETERO does so too. These run by the library's queue instead
+  (seen with 2026.4.1);
 - the library's own cache of compiled models writes files from the process that loads: a worker may
   not, and nothing would tell a damaged file from a whole one.
 """
@@ -21,7 +25,14 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from edge_runtime.backends.openvino_library import brief, foreign, library
+from edge_runtime.backends.openvino_library import (
+    Run,
+    brief,
+    foreign,
+    library,
+    run_by_queue,
+    run_directly,
+)
 from edge_runtime.backends.protocol import BlobCache, Placement
 from edge_runtime.errors import BackendError, UsageError
 
@@ -157,6 +168,16 @@ def compiled_for(
         except foreign() as e:
             refusals.append(f"{device}: {brief(e)}")
     raise _refused(options, refusals)
+
+
+def way_to_run(compiled: Any) -> Run:
+    """How requests of this model are run so that their errors are heard.
+
+    What counts is the number of threads that the library settled on: on one core it is 1, whatever
+    the options say.
+    """
+    threads = _property(compiled, "INFERENCE_NUM_THREADS")
+    return run_directly() if isinstance(threads, int) and threads > 1 else run_by_queue()
 
 
 def _is_kept(core: Any, device: str, options: Options) -> bool:

@@ -49,14 +49,37 @@ def library() -> Any:
     return openvino
 
 
-@functools.cache
-def native_infer() -> Callable[[Any, dict[Any, Any], bool, bool], Any]:
+Run = Callable[[Any], None]  # one run of an InferRequest whose tensors are set
+_NOTHING: dict[Any, Any] = {}  # no input beside those that are set
+
+
+def run_directly() -> Run:
     """`InferRequest.infer` without its wrapper in Python: a third of a small model's run."""
+    infer = _request_class().infer
+
+    def run(request: Any) -> None:
+        infer(request, _NOTHING, True, False)
+
+    return run
+
+
+def run_by_queue() -> Run:
+    """As `run_directly`, in a thread of the library: some 10 us more, and no error is lost."""
+    start, wait = _request_class().start_async, _request_class().wait
+
+    def run(request: Any) -> None:
+        start(request, _NOTHING, None)
+        wait(request)
+
+    return run
+
+
+@functools.cache
+def _request_class() -> Any:
     library()
     from openvino import _pyopenvino
 
-    native = getattr(_pyopenvino, "InferRequest")  # noqa: B009 - for mypy: it has no stubs here
-    return native.infer  # type: ignore[no-any-return]
+    return getattr(_pyopenvino, "InferRequest")  # noqa: B009 - for mypy: it has no stubs here
 
 
 @functools.cache

@@ -379,3 +379,30 @@ def test_the_import_starts_no_thread_sends_nothing_and_leaves_no_file(tmp_path: 
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0"]
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("device", ["CPU", "AUTO:CPU", "HETERO:CPU"])
+def test_a_run_that_fails_is_an_error_and_the_next_one_is_right(
+    tmp_path: Path, device: str, threads: int
+):
+    """The library loses the errors of a single thread: outputs stay what the last run left."""
+    from onnx import helper, numpy_helper
+
+    table = numpy_helper.from_array(np.arange(8, dtype=np.float32), "table")
+    node = helper.make_node("GatherElements", ["table", "at"], ["y"])
+    ends = {"at": ("INT64", [1])}, {"y": ("FLOAT", [1])}
+    path = contract.write_onnx(tmp_path / "m.onnx", [node], *ends, [table])
+    model = backend("openvino").load(path, {"device": device, "threads": threads})
+    at, y = np.array([3]), np.zeros(1, np.float32)
+    run = model.bind({"at": at}, {"y": y})
+    for right, wrong in ((3, 8), (6, 99), (5, -9)):
+        at[0] = right
+        assert run()["y"] == right and model.run({"at": at})["y"] == right
+        at[0] = wrong
+        with pytest.raises(BackendError, match="indices values"):
+            run()
+        with pytest.raises(BackendError, match="indices values"):
+            model.run({"at": at})
+        other = model.bind({"at": np.array([1])}, {"y": None})
+        assert other()["y"] == 1, "what failed is queued still"
