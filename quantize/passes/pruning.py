@@ -7,6 +7,7 @@ only prunes is judged like any other.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,11 +16,13 @@ import numpy as np
 
 from edge_runtime.errors import UsageError
 from edge_runtime.errors import did_you_mean as nearest
-from quantize import onnx_door
+from quantize import onnx_door, onnxruntime_door
 from quantize.passes import FLOAT, ONNX, PRUNED, Bench
-from quantize.pruning import channels, choosing, cutting, work
+from quantize.pruning import channels, choosing, cutting, groups, work
 
 Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+# Calibration samples that say how strong a channel is: a mean over so many images is settled.
+SAMPLES_MAX = 256
 
 
 class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,7 +34,9 @@ class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         across: rank the channels of all layers together: thin layers may lose little.
         keep_min: of each group, the share that stays in any case.
         multiple: channels kept are a multiple of this: SIMD kernels compute the rest anyway.
-        norm: of the weights that make a channel; the smallest go.
+        importance: what decides who goes: the weights that make a channel (weights), or what it
+            adds to the next layer on calibration samples (activations).
+        norm: of the weights that make a channel, for importance: weights.
         exclude: nodes whose channels stay.
     """
 
@@ -40,6 +45,7 @@ class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     across: bool = False
     keep_min: Share = 0.1
     multiple: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8
+    importance: Literal["weights", "activations"] = "weights"
     norm: Literal["l1", "l2"] = "l2"
     exclude: tuple[str, ...] = ()
 
@@ -48,15 +54,19 @@ class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     removes: ClassVar[frozenset[str]] = frozenset()
 
     def apply(self, source: Path, out: Path, bench: Bench) -> None:
-        """See passes.Pass.apply."""
-        model = onnx_door.load(source)
-        found, weights = understand(model)
-        _check_names((*self.exclude, *self.ratios), model)
-        scores = {
-            group: values
-            for group, values in choosing.importance(found, weights, self.norm).items()
-            if not set(self.exclude) & set(found.nodes[group])
-        }
+        """See passes.Pass.apply. Constants are folded first: exports compute shapes and pads."""
+        with tempfile.TemporaryDirectory() as folder:
+            folded = Path(folder) / "folded.onnx"
+            onnxruntime_door.optimize(source, folded)
+            model = onnx_door.load(folded)
+            found, weights = understand(model)
+            _check_names((*self.exclude, *self.ratios), model)
+            scores = {
+                group: values
+                for group, values in self._scores(found, weights, folded, bench).items()
+                if not set(self.exclude) & set(found.nodes[group])
+            }
+            before = work.macs(folded)
         kept = choosing.keep(
             found, scores, self.ratio, self.ratios, self.multiple, self.across, self.keep_min
         )
@@ -67,15 +77,21 @@ class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         cutting.cut(model, found, kept, weights)
         onnx_door.save(onnx_door.infer_shapes(model), out)
-        before, after = work.macs(source), work.macs(out)
         gone = sum(found.sizes[group] - len(left) for group, left in kept.items())
         bench.say(
             f"{gone} channels of {len(kept)} groups went:"
-            f" {before / 1e6:.2f} -> {after / 1e6:.2f} million multiplications"
+            f" {before / 1e6:.2f} -> {work.macs(out) / 1e6:.2f} million multiplications"
         )
 
+    def _scores(
+        self, found: groups.Channels, weights: dict[str, Any], source: Path, bench: Bench
+    ) -> dict[int, Any]:
+        if self.importance == "weights":
+            return choosing.by_weights(found, weights, self.norm)
+        return choosing.by_activations(found, weights, strengths(found, source, bench))
+
     def versions(self) -> dict[str, str]:
-        return {"onnx": onnx_door.version()}
+        return onnxruntime_door.versions()
 
 
 class PruneWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,6 +112,7 @@ class PruneWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def apply(self, source: Path, out: Path, bench: Bench) -> None:
         """See passes.Pass.apply."""
         model = onnx_door.load(source)
+        onnx_door.lift_constants(model)
         _check_names(self.exclude, model)
         weights = onnx_door.arrays(model)
         chosen = {
@@ -128,11 +145,35 @@ def thinned(values: Any, ratio: float) -> Any:
     return flat.reshape(values.shape)
 
 
-def understand(model: Any) -> tuple[channels.Channels, dict[str, Any]]:
-    """The groups of a model, and its weights."""
+def understand(model: Any) -> tuple[groups.Channels, dict[str, Any]]:
+    """The groups of a model, and its weights; its Constant nodes become initializers."""
+    onnx_door.lift_constants(model)
     weights = onnx_door.arrays(model)
     shapes = work.value_shapes(onnx_door.infer_shapes(model).graph)
     return channels.analyse(model.graph, shapes, weights), weights
+
+
+def strengths(found: groups.Channels, source: Path, bench: Bench) -> dict[str, Any]:
+    """Of each value that is read: the root mean square of every element of its axis.
+
+    Raises:
+        UsageError: there are no calibration samples.
+        ModelError: the library does not run the model.
+    """
+    axes = {one.value: one.axis for one in found.readers}
+    feeds = {name: array[:SAMPLES_MAX] for name, array in bench.calibration.items()}
+    if not feeds or not len(next(iter(feeds.values()))):
+        raise UsageError(
+            "importance: activations needs calibration samples", where="prune_channels"
+        )
+    sums: dict[str, Any] = {}
+    counts = dict.fromkeys(axes, 0)
+    for values in onnxruntime_door.activations(source, feeds, bench, set(axes)):
+        for name, value in values.items():
+            flat = np.moveaxis(value, axes[name], 0).reshape(value.shape[axes[name]], -1)
+            sums[name] = sums.get(name, 0.0) + np.square(flat, dtype=np.float64).sum(axis=1)
+            counts[name] += flat.shape[1]
+    return {name: np.sqrt(total / counts[name]) for name, total in sums.items()}
 
 
 def _check_names(names: tuple[str, ...], model: Any) -> None:
@@ -142,7 +183,7 @@ def _check_names(names: tuple[str, ...], model: Any) -> None:
             raise UsageError(f"the model has no node {name!r}", remedy=nearest(name, known))
 
 
-def _reasons(found: channels.Channels) -> str:
+def _reasons(found: groups.Channels) -> str:
     return "; ".join(
         f"those of {', '.join(found.nodes[group][:2])}: {reason}"
         for group, reason in list(found.frozen.items())[:3]

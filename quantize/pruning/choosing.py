@@ -1,8 +1,10 @@
 """Which channels go: importance in, indices to keep out.
 
 Law of this file: pure. Ties are broken by index, so that the same weights give the same choice.
-Importance is the L2 (or L1) norm of the slices that make a channel, divided by the mean over its
-layer, so that layers can be compared (Li et al. 2017, "Pruning filters for efficient convnets").
+Importance is the L2 (or L1) norm of the slices that make a channel (Li et al. 2017, "Pruning
+filters for efficient convnets"), or what the channel adds to the next layer on calibration samples
+(as Sun et al. 2023, "A simple and effective pruning approach", for single weights). Both are
+divided by the mean over the layer, so that layers can be compared.
 """
 
 from __future__ import annotations
@@ -12,24 +14,53 @@ from typing import Any, Literal
 
 import numpy as np
 
-from quantize.pruning.channels import Channels
+from quantize.pruning.groups import Channels
 
 Array = np.ndarray[Any, Any]
 
 
-def importance(
+def by_weights(
     found: Channels, weights: dict[str, Array], norm: Literal["l1", "l2"]
 ) -> dict[int, Array]:
-    """Per prunable group one number for each channel."""
+    """Per prunable group one number for each channel: the norm of the weights that make it."""
     scores = {}
     for group in found.prunable:
-        total = np.zeros(found.sizes[group])
-        for name, axis in found.made_by[group]:
-            slices = np.moveaxis(weights[name], axis, 0).reshape(found.sizes[group], -1)
-            size = np.abs(slices).sum(axis=1) if norm == "l1" else np.linalg.norm(slices, axis=1)
-            total += size / max(float(size.mean()), 1e-12)
+        count = found.sizes[group]
+        total = np.zeros(count)
+        for one in found.made_by[group]:
+            slices = np.moveaxis(weights[one.weight], one.axis, 0)[one.start : one.start + count]
+            flat = slices.reshape(count, -1).astype(np.float64)
+            total += _relative(
+                np.abs(flat).sum(axis=1) if norm == "l1" else np.linalg.norm(flat, axis=1)
+            )
         scores[group] = total
     return scores
+
+
+def by_activations(
+    found: Channels, weights: dict[str, Array], strengths: dict[str, Array]
+) -> dict[int, Array]:
+    """The same from what the channels do: strength of the value x norm of the weights that read it.
+
+    Args:
+        strengths: by a reader's value, root mean square of each element of its axis.
+    """
+    scores = {group: np.zeros(found.sizes[group]) for group in found.prunable}
+    for one in found.readers:
+        weight = np.moveaxis(weights[one.cut.weight], one.cut.axis, 0)
+        norms = np.linalg.norm(weight.reshape(len(weight), -1).astype(np.float64), axis=1)
+        added, offset = np.square(norms * strengths[one.value]), 0
+        for group in one.cut.groups:
+            length = found.sizes[group] * one.cut.block
+            mine = added[offset : offset + length].reshape(found.sizes[group], -1)
+            if group in scores:
+                scores[group] += _relative(np.sqrt(mine.sum(axis=1)))
+            offset += length
+    return scores
+
+
+def _relative(values: Array) -> Array:
+    return values / max(float(values.mean()), 1e-12)
 
 
 def keep(

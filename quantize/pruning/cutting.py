@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from quantize import onnx_door
-from quantize.pruning.channels import Channels, Cut
+from quantize.pruning.groups import Channels, Cut
 
 Array = np.ndarray[Any, Any]
 
@@ -22,10 +22,12 @@ def cut(model: Any, found: Channels, kept: dict[int, Array], weights: dict[str, 
     for one in found.cuts:
         if any(group in kept for group in one.groups):
             changed[one.weight] = np.take(changed[one.weight], indices(one, found, kept), one.axis)
-    for name, place in found.reshapes:
-        target = changed[name].copy()
-        target[place] = -1
-        changed[name] = target
+    for size in found.stated:
+        constant = changed[size.constant].copy()
+        constant[size.place] = size.block * sum(
+            len(kept.get(group, range(found.sizes[group]))) for group in size.groups
+        )
+        changed[size.constant] = constant
     for node in model.graph.node:
         for group in depthwise.get(node.output[0], ()):
             attribute = next(one for one in node.attribute if one.name == "group")
@@ -34,6 +36,12 @@ def cut(model: Any, found: Channels, kept: dict[int, Array], weights: dict[str, 
     for item in model.graph.initializer:
         if changed[item.name] is not weights[item.name]:
             item.CopyFrom(make(np.ascontiguousarray(changed[item.name]), item.name))
+    for info in model.graph.input:  # of old files, whose weights are inputs with a default
+        if info.name in changed:
+            for dim, length in zip(
+                info.type.tensor_type.shape.dim, changed[info.name].shape, strict=True
+            ):
+                dim.dim_value = length
     del model.graph.value_info[:]
 
 

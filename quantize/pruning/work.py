@@ -1,7 +1,7 @@
 """How many multiplications one run takes.
 
 Law of this file: it counts convolutions and matrix products, as papers do; everything else is small
-beside them. A free dimension counts as 1.
+beside them. A free dimension counts as 1: it is the batch, or the file does not say.
 """
 
 from __future__ import annotations
@@ -16,15 +16,32 @@ Shapes = dict[str, tuple[int | None, ...]]
 
 
 def macs(path: Path) -> int:
-    """Multiply-accumulates of one sample; quantized operators count like their float ones."""
-    return sum(by_node(path).values())
+    """Multiply-accumulates of one sample; quantized operators count like their float ones.
+
+    0: not known, for the file does not say how large a value is that is convolved or multiplied;
+    folding its constants (the pass `clean`) usually shows it.
+    """
+    graph = onnx_door.infer_shapes(onnx_door.load(path)).graph
+    shapes = value_shapes(graph)
+    counts = [_of_node(node, shapes) for node in graph.node]
+    unsure = any(
+        count and not all(_known(name, shapes) for name in (*node.input[:1], node.output[0]))
+        for node, count in zip(graph.node, counts, strict=True)
+    )
+    return 0 if unsure else sum(counts)
 
 
 def by_node(path: Path) -> dict[str, int]:
-    """The same by the node's name (its output's, where it has none)."""
-    model = onnx_door.infer_shapes(onnx_door.load(path))
-    shapes = value_shapes(model.graph)
-    return {node.name or node.output[0]: _of_node(node, shapes) for node in model.graph.node}
+    """The same by the node's name (its output's, where it has none); what is not known counts 1."""
+    graph = onnx_door.infer_shapes(onnx_door.load(path)).graph
+    shapes = value_shapes(graph)
+    return {node.name or node.output[0]: _of_node(node, shapes) for node in graph.node}
+
+
+def _known(value: str, shapes: Shapes) -> bool:
+    """Whether all sizes but the first are."""
+    shape = shapes.get(value, ())
+    return bool(shape) and None not in shape[1:]
 
 
 def value_shapes(graph: Any) -> Shapes:
