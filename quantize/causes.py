@@ -38,6 +38,16 @@ def notes(one: Evaluated, path: Path) -> tuple[str, ...]:
     return tuple(said)
 
 
+def beside(one: Evaluated, reference: Evaluated) -> tuple[str, ...]:
+    """What a person should know of a variant beside the float model."""
+    if not 0 < one.macs < reference.macs:
+        return ()
+    return (
+        f"{one.macs / 1e6:.2f} million multiplications a sample instead of"
+        f" {reference.macs / 1e6:.2f}: {reference.macs / one.macs:.2f} times fewer",
+    )
+
+
 def _of_backend(one: Evaluated) -> Iterator[str]:
     if one.backend == "openvino" and one.precision in ("", "fp32"):
         hint = one.options.get("precision", "f32")
@@ -127,6 +137,16 @@ def _weights_only(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iterator[s
         yield "weights are stored in 8 bits and computed in float: a smaller file, not a faster run"
 
 
+def _zeros(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iterator[str]:
+    """Pruned weights are said to speed a model up; on these backends they do not."""
+    if any(step["use"] == "prune_weights" for step in one.steps):
+        yield (
+            "weights that were pruned to 0 are computed like all others: runs are not faster, and"
+            f" the file has its {one.size_bytes} bytes; compressed, as it travels, it has"
+            f" {one.packed_bytes}"
+        )
+
+
 _FUSING = _COMPUTING | {
     "Add",
     "Mul",
@@ -156,6 +176,7 @@ _CAUSES: tuple[Callable[[Evaluated, Any, Counter[str]], Iterator[str]], ...] = (
     _unfused_pairs,
     _float_left,
     _weights_only,
+    _zeros,
 )
 
 

@@ -19,12 +19,13 @@ import msgspec
 import numpy as np
 
 from edge_runtime.errors import EdgeError, ModelError
-from quantize import causes, latency, models, scores, served, verdict
+from quantize import causes, latency, models, onnxruntime_door, scores, served, verdict
 from quantize.building import Built
 from quantize.datasets import Dataset
 from quantize.latency import Timed
 from quantize.models import ModelFile
 from quantize.passes import Say
+from quantize.pruning import work
 from quantize.recipe import Evaluation, Recipe, Variant
 from quantize.results import Evaluated
 from quantize.scores import Metric
@@ -82,7 +83,9 @@ def evaluate(
     first = found[0]
     judged = [
         msgspec.structs.replace(
-            one, refusal=verdict.refusal(one, first, judge.recipe.budgets, drop_max(judge))
+            one,
+            refusal=verdict.refusal(one, first, judge.recipe.budgets, drop_max(judge)),
+            notes=(*one.notes, *causes.beside(one, first)),
         )
         for one in found
     ]
@@ -185,6 +188,7 @@ def _joined(
         size_bytes=len(data),
         packed_bytes=len(lzma.compress(data, preset=LZMA_PRESET)),
         memory_bytes=got.memory_bytes,
+        macs=_macs(Path(found.path)),
         placement=got.placement,
         **_scored(judge, got, answers[built[0].variant.name]),
     )
@@ -200,6 +204,22 @@ def _joined(
         speedup=_speedup(one, built, times, time),
     )
     return msgspec.structs.replace(found, notes=causes.notes(found, Path(found.path)))
+
+
+def _macs(path: Path) -> int:
+    """See Evaluated.macs. A file that does not state its sizes is asked again when folded."""
+    if path.suffix != ".onnx":
+        return 0
+    found = work.macs(path)
+    if found:
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        folded = Path(folder) / "folded.onnx"
+        try:
+            onnxruntime_door.optimize(path, folded)
+        except EdgeError:
+            return 0  # another backend's model: how much work it is stays unknown
+        return work.macs(folded)
 
 
 def _scored(judge: Judge, got: Served, reference: Served | str) -> dict[str, Any]:

@@ -141,6 +141,7 @@ def _figures(one: Evaluated) -> dict[str, Any]:
         "size_bytes": one.size_bytes,
         "packed_bytes": one.packed_bytes,
         "memory_bytes": one.memory_bytes,
+        "macs": one.macs,
         "passes": list(one.steps),
         "notes": list(one.notes),
     }

@@ -25,6 +25,7 @@ class Evaluated(msgspec.Struct, frozen=True):
             float model does not run there, so it is compared with the reference backend's.
         size_bytes, packed_bytes: of the file; and compressed, as it travels.
         memory_bytes: private bytes of the worker that served it.
+        macs: multiply-accumulates of one sample, of an ONNX model; 0: not known.
         refusal: why it is not shipped; empty if it is.
         notes: what a person should know: what the backend did silently, why it is slower.
     """
@@ -46,6 +47,7 @@ class Evaluated(msgspec.Struct, frozen=True):
     size_bytes: int = 0
     packed_bytes: int = 0
     memory_bytes: int = 0
+    macs: int = 0
     placement: tuple[dict[str, Any], ...] = ()
     refusal: str = ""
     notes: tuple[str, ...] = ()

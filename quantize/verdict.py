@@ -50,7 +50,7 @@ def explained(one: Evaluated, findings: Sequence[Finding]) -> Evaluated:
 def dominated(one: Evaluated, others: Sequence[Evaluated]) -> str:
     """Why a variant is not needed beside the others on its backend; empty if it is.
 
-    Another is as right (to within what is measurable), as fast, and as small.
+    Another is as right (to within what is measurable), as fast, and as small, compressed too.
     """
     for other in others:
         if other.name != one.name and other.backend == one.backend and _as_good(other, one):
@@ -62,7 +62,9 @@ def _as_good(other: Evaluated, one: Evaluated) -> bool:
     assert other.score is not None and one.score is not None
     as_right = other.score.high >= one.score.value
     as_fast = other.p50_ms <= one.p50_ms * (1 + NOISE)
-    return as_right and as_fast and other.size_bytes <= one.size_bytes * (1 + NOISE)
+    as_small = other.size_bytes <= one.size_bytes * (1 + NOISE)
+    packs_as_small = other.packed_bytes <= one.packed_bytes * (1 + NOISE)
+    return as_right and as_fast and as_small and packs_as_small
 
 
 def _wrong(one: Evaluated, reference: Evaluated, budgets: Budgets, drop_max: float) -> str:

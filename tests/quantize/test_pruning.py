@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_runtime.backends import backend
 from edge_runtime.errors import UsageError
-from quantize import onnx_door, passes
+from quantize import cli, onnx_door, passes
 from quantize.passes import Bench, pruning
 from quantize.pruning import choosing, cutting, work
 
@@ -348,3 +349,34 @@ def test_thinned_weights_are_as_many_zeros_as_asked_and_the_largest_stay() -> No
     thin = pruning.thinned(values, 0.3)
     assert (thin == 0).sum() == 30
     assert np.abs(values[thin == 0]).max() <= np.abs(thin[thin != 0]).min()
+
+
+def test_a_run_tells_what_pruning_changed_and_what_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = np.random.Generator(np.random.PCG64(1)).random((80, 1, 28, 28), dtype=np.float32)
+    np.savez(tmp_path / "data.npz", x=x)
+    recipe = tmp_path / "prune.yaml"
+    recipe.write_text(
+        f"""
+name: clothes
+source: {MODEL}
+data: {{path: data.npz}}
+budgets: {{drop_max: 1, speedup_min: 0}}
+variants:
+  - {{name: fp32}}
+  - {{name: zeros, passes: [{{use: prune_weights, ratio: 0.7}}]}}
+  - {{name: thin, passes: [{{use: prune_channels, ratio: 0.5, importance: activations}}]}}
+"""
+    )
+    assert cli.main(["run", str(recipe), "--json"]) == 0
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)["evaluated"]}
+    fp32, thin, zeros = found["fp32"], found["thin"], found["zeros"]
+    assert fp32["macs"] == zeros["macs"] == work.macs(MODEL)
+    assert thin["macs"] * 3.5 < fp32["macs"]
+    assert any("times fewer" in note for note in thin["notes"])
+    assert any("runs are not faster" in note for note in zeros["notes"])
+    # The same file size, but less to carry: nothing else of this backend replaces it.
+    assert zeros["size_bytes"] > 0.97 * fp32["size_bytes"]
+    assert zeros["packed_bytes"] < 0.7 * fp32["packed_bytes"]
+    assert zeros["refusal"] == ""
