@@ -92,6 +92,12 @@ DELEGATE_OPERATORS: dict[str, Compiled] = {
     "vsi-npu": Compiled("VeriSilicon NPU", "npu", "libvx_delegate.so"),
 }
 
+# Operators whose indices a backend does not check (tried with OpenVINO 2026.4.1; docs/backends.md).
+UNCHECKED_INDICES: dict[str, frozenset[str]] = {
+    "openvino": frozenset({"GatherND", "GATHER_ND", "ScatterElements", "ScatterElementsUpdate"})
+}
+_INDEX_DATATYPES = frozenset({"INT32", "INT64", "UINT32", "UINT64"})
+
 # What a backend may be given. A backend that is not here gets nothing.
 BACKEND_FORMATS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnx",),
@@ -169,6 +175,7 @@ def lint_variant(
     artifact = lint_artifact(open_blob(blob.sha256), blob.filename, limits, variant.custom_domains)
     findings = list(artifact.findings)
     findings += _backend_findings(variant, artifact, here)
+    findings += _index_findings(variant.backend, artifact, f"{here}.artifact")
     findings += _option_findings(variant.options, f"{here}.options")
     if isinstance(artifact.graph, TfliteGraph):
         domains = variant.custom_domains
@@ -319,6 +326,28 @@ def _backend_findings(variant: Variant, artifact: Artifact, where: str) -> Itera
     elif artifact.format not in formats:
         message = f"the backend {variant.backend!r} is not given {artifact.format!r} files"
         yield Finding("error", f"{where}.backend", message, f"give it {' or '.join(formats)}")
+
+
+def _index_findings(backend: str, artifact: Artifact, where: str) -> Iterator[Finding]:
+    """Indices that a client may give and that nobody checks."""
+    if artifact.graph is None:
+        return
+    names = {_operator_name(key) for key in artifact.graph.operators}
+    unchecked = sorted(names & UNCHECKED_INDICES.get(backend, frozenset()))
+    given = [one.name for one in artifact.inputs or () if one.datatype in _INDEX_DATATYPES]
+    if unchecked and given:
+        message = (
+            f"{backend} does not check the indices of {', '.join(unchecked)}: a number out of range "
+            f"in {given[0][:200]!r} may reach other memory of its worker"
+        )
+        remedy = "use another backend for it, or let only clients that are trusted use this model"
+        yield Finding("warning", where, message, remedy)
+
+
+def _operator_name(key: tuple[str, str] | int) -> str:
+    if isinstance(key, int):
+        return "GATHER_ND" if key == tflite_graph.GATHER_ND else ""
+    return key[1]
 
 
 def _option_findings(value: Any, where: str) -> Iterator[Finding]:

@@ -57,7 +57,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from edge_runtime.cli.health import examination
     from edge_runtime.cli.health.facts import World
 
-    world = World(arguments.root.absolute(), arguments.state_dir.absolute(), arguments.run_dir)
+    state_dir, run_dir = arguments.state_dir.absolute(), arguments.run_dir.absolute()
+    world = World(arguments.root.absolute(), state_dir, run_dir)
     began_s = time.monotonic()
     checks = examination.examine(world, arguments.timeout_s or TIMEOUT_S)
     took_s = time.monotonic() - began_s

@@ -25,9 +25,10 @@ from edge_runtime.serving.selection import Measured
 from edge_runtime.store import Generation
 from edge_runtime.store.decisions import Decision, Tried
 
-# A slice that takes so many times what it should, and at least so long, is not waited for.
+# A slice that takes so many times what it should, and at least so long, is not waited for. A slow
+# card that is busy stalls whoever reads from it for seconds: that must not refuse every variant.
 SLICE_PATIENCE = 10.0
-SLICE_S_MIN = 1.0
+SLICE_S_MIN = 3.0
 
 
 class Rounds(NamedTuple):

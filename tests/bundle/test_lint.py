@@ -241,6 +241,17 @@ def test_warnings_name_what_is_odd():
     lint.check(bundle.manifest, bundle.blob)  # none of them refuses the bundle
 
 
+@pytest.mark.parametrize("operator", ["GatherND", "ScatterElements", "Gather"])
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("kind", [TensorProto.INT64, FLOAT])
+def test_indices_of_clients_that_a_backend_does_not_check_are_told(operator, backend, kind):
+    node = helper.make_node(operator, ["x", "x"], ["y"])
+    bundle = bundle_with(model_of([node], {}, {"x": (kind, N4)}, {"y": (FLOAT, N4)}), backend)
+    is_odd = operator != "Gather" and backend == "openvino" and kind != FLOAT
+    warnings = findings(bundle, "warning")
+    assert is_odd == any(f"the indices of {operator}" in each for each in warnings)
+
+
 def test_a_damaged_artifact_is_a_finding_not_a_crash():
     assert any("runs past the end" in each for each in findings(bundle_with(b"\x08\x08\x3a\x7f")))
 

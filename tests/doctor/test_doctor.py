@@ -383,6 +383,11 @@ def test_something_else_behind_the_socket_is_no_daemon(tmp_path: Path) -> None:
         assert found.state == "silent"
 
 
+def test_a_relative_run_directory_is_below_the_current_one(daemon: Daemon) -> None:
+    _, lines = doctor("--run-dir", "run", "--state-dir", "state", cwd=daemon.root)
+    assert lines["daemon/infer socket"]["verdict"] == "pass", lines["daemon/infer socket"]
+
+
 # --- other users ----------------------------------------------------------------------------------
 
 
