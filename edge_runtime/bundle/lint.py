@@ -337,8 +337,8 @@ def _index_findings(backend: str, artifact: Artifact, where: str) -> Iterator[Fi
     given = [one.name for one in artifact.inputs or () if one.datatype in _INDEX_DATATYPES]
     if unchecked and given:
         message = (
-            f"{backend} does not check the indices of {', '.join(unchecked)}: a number out of range "
-            f"in {given[0][:200]!r} may reach other memory of its worker"
+            f"{backend} does not check the indices of {', '.join(unchecked)}: "
+            f"a number out of range in {given[0][:200]!r} may reach other memory of its worker"
         )
         remedy = "use another backend for it, or let only clients that are trusted use this model"
         yield Finding("warning", where, message, remedy)
