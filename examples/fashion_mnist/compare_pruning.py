@@ -21,7 +21,7 @@ from quantize.passes import Bench
 from quantize.pruning import work
 
 HERE = Path(__file__).resolve().parent
-SHARES = (0.25, 0.5)
+SHARES = (0.25, 0.375, 0.5)
 CALIBRATION_IMAGES = 256
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -25,6 +25,18 @@ Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 SAMPLES_MAX = 256
 
 
+class Seen(NamedTuple):
+    """Of a value, for every element of its axis: the mean, and the mean square."""
+
+    mean: Any
+    square: Any
+
+    def strength(self, compensated: bool) -> Any:
+        """What is lost without the element: all of it, or, compensated, how far it varies."""
+        lost = self.square - self.mean**2 if compensated else self.square
+        return np.sqrt(np.maximum(lost, 0.0))
+
+
 class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whole channels go, with every weight that hangs on them: smaller and really faster.
 
@@ -37,6 +49,8 @@ class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         importance: what decides who goes: the weights that make a channel (weights), or what it
             adds to the next layer on calibration samples (activations).
         norm: of the weights that make a channel, for importance: weights.
+        compensate: with importance: activations, the next layer's bias adds what the channels that
+            go added on average. Then it counts how far a channel varies, not how large it is.
         exclude: nodes whose channels stay.
     """
 
@@ -47,6 +61,7 @@ class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     multiple: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8
     importance: Literal["weights", "activations"] = "weights"
     norm: Literal["l1", "l2"] = "l2"
+    compensate: bool = True
     exclude: tuple[str, ...] = ()
 
     requires: ClassVar[frozenset[str]] = frozenset({ONNX, FLOAT})
@@ -61,12 +76,13 @@ class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             model = onnx_door.load(folded)
             found, weights = understand(model)
             _check_names((*self.exclude, *self.ratios), model)
-            scores = {
-                group: values
-                for group, values in self._scores(found, weights, folded, bench).items()
-                if not set(self.exclude) & set(found.nodes[group])
-            }
+            seen = self._seen(found, folded, bench)
             before = work.macs(folded)
+        scores = {
+            group: values
+            for group, values in self._scores(found, weights, seen).items()
+            if not set(self.exclude) & set(found.nodes[group])
+        }
         kept = choosing.keep(
             found, scores, self.ratio, self.ratios, self.multiple, self.across, self.keep_min
         )
@@ -75,7 +91,8 @@ class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "no channel can go: " + (_reasons(found) or "the ratio is too small"),
                 where="prune_channels",
             )
-        cutting.cut(model, found, kept, weights)
+        means = {name: one.mean for name, one in seen.items()} if self.compensate else None
+        cutting.cut(model, found, kept, weights, means)
         onnx_door.save(onnx_door.infer_shapes(model), out)
         gone = sum(found.sizes[group] - len(left) for group, left in kept.items())
         bench.say(
@@ -83,12 +100,24 @@ class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             f" {before / 1e6:.2f} -> {work.macs(out) / 1e6:.2f} million multiplications"
         )
 
+    def _seen(self, found: groups.Channels, source: Path, bench: Bench) -> dict[str, Seen]:
+        """What calibration says; nothing where only the weights count."""
+        if self.importance == "weights":
+            return {}
+        feeds = {name: array[:SAMPLES_MAX] for name, array in bench.calibration.items()}
+        if not feeds or not len(next(iter(feeds.values()))):
+            raise UsageError(
+                "importance: activations needs calibration samples", where="prune_channels"
+            )
+        return observed(found, source, bench._replace(calibration=feeds))
+
     def _scores(
-        self, found: groups.Channels, weights: dict[str, Any], source: Path, bench: Bench
+        self, found: groups.Channels, weights: dict[str, Any], seen: dict[str, Seen]
     ) -> dict[int, Any]:
         if self.importance == "weights":
             return choosing.by_weights(found, weights, self.norm)
-        return choosing.by_activations(found, weights, strengths(found, source, bench))
+        strengths = {name: one.strength(self.compensate) for name, one in seen.items()}
+        return choosing.by_activations(found, weights, strengths)
 
     def versions(self) -> dict[str, str]:
         return onnxruntime_door.versions()
@@ -153,27 +182,25 @@ def understand(model: Any) -> tuple[groups.Channels, dict[str, Any]]:
     return channels.analyse(model.graph, shapes, weights), weights
 
 
-def strengths(found: groups.Channels, source: Path, bench: Bench) -> dict[str, Any]:
-    """Of each value that is read: the root mean square of every element of its axis.
+def observed(found: groups.Channels, source: Path, bench: Bench) -> dict[str, Seen]:
+    """What calibration samples make of each value that is read.
 
     Raises:
-        UsageError: there are no calibration samples.
         ModelError: the library does not run the model.
     """
     axes = {one.value: one.axis for one in found.readers}
-    feeds = {name: array[:SAMPLES_MAX] for name, array in bench.calibration.items()}
-    if not feeds or not len(next(iter(feeds.values()))):
-        raise UsageError(
-            "importance: activations needs calibration samples", where="prune_channels"
-        )
     sums: dict[str, Any] = {}
     counts = dict.fromkeys(axes, 0)
-    for values in onnxruntime_door.activations(source, feeds, bench, set(axes)):
+    for values in onnxruntime_door.activations(source, bench.calibration, bench, set(axes)):
         for name, value in values.items():
-            flat = np.moveaxis(value, axes[name], 0).reshape(value.shape[axes[name]], -1)
-            sums[name] = sums.get(name, 0.0) + np.square(flat, dtype=np.float64).sum(axis=1)
+            axis = axes[name]
+            flat = np.moveaxis(value, axis, 0).reshape(value.shape[axis], -1).astype(np.float64)
+            now = np.stack([flat.sum(axis=1), np.square(flat).sum(axis=1)])
+            sums[name] = sums.get(name, 0.0) + now
             counts[name] += flat.shape[1]
-    return {name: np.sqrt(total / counts[name]) for name, total in sums.items()}
+    return {
+        name: Seen(total[0] / counts[name], total[1] / counts[name]) for name, total in sums.items()
+    }
 
 
 def _check_names(names: tuple[str, ...], model: Any) -> None:

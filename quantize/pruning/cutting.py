@@ -16,9 +16,20 @@ from quantize.pruning.groups import Channels, Cut
 Array = np.ndarray[Any, Any]
 
 
-def cut(model: Any, found: Channels, kept: dict[int, Array], weights: dict[str, Array]) -> None:
-    """Slice every weight that hangs on a group which loses channels; `model` is changed."""
-    changed, depthwise = dict(weights), dict(found.depthwise)
+def cut(
+    model: Any,
+    found: Channels,
+    kept: dict[int, Array],
+    weights: dict[str, Array],
+    means: dict[str, Array] | None = None,
+) -> None:
+    """Slice every weight that hangs on a group which loses channels; `model` is changed.
+
+    Args:
+        means: see `compensated`; None: what the channels added is lost.
+    """
+    changed = compensated(found, kept, weights, means) if means else dict(weights)
+    depthwise = dict(found.depthwise)
     for one in found.cuts:
         if any(group in kept for group in one.groups):
             changed[one.weight] = np.take(changed[one.weight], indices(one, found, kept), one.axis)
@@ -43,6 +54,27 @@ def cut(model: Any, found: Channels, kept: dict[int, Array], weights: dict[str, 
             ):
                 dim.dim_value = length
     del model.graph.value_info[:]
+
+
+def compensated(
+    found: Channels, kept: dict[int, Array], weights: dict[str, Array], means: dict[str, Array]
+) -> dict[str, Array]:
+    """The weights, in which biases add what the channels that go added on average.
+
+    Exact where a channel is constant, but for the borders of a convolution with pads.
+
+    Args:
+        means: of each reader's value, the mean of every element of its axis.
+    """
+    changed = dict(weights)
+    for one in found.readers:
+        weight = np.moveaxis(weights[one.cut.weight], one.cut.axis, 0)
+        gone = np.setdiff1d(np.arange(len(weight)), indices(one.cut, found, kept))
+        if one.bias and len(gone):
+            per_output = weight[gone].reshape(len(gone), weight.shape[1], -1).sum(axis=2)
+            bias = changed[one.bias]
+            changed[one.bias] = bias + (means[one.value][gone] @ per_output).astype(bias.dtype)
+    return changed
 
 
 def indices(one: Cut, found: Channels, kept: dict[int, Array]) -> Array:

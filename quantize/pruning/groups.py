@@ -47,11 +47,15 @@ class Maker(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """A value whose axis is read by a weight: what a channel adds to the next layer."""
+    """A value whose axis is read by a weight: what a channel adds to the next layer.
+
+    `bias` of the reading node, where what a channel adds on average can be added instead; or empty.
+    """
 
     value: str
     axis: int
     cut: Cut
+    bias: str
 
 
 class Stated(NamedTuple):
@@ -213,11 +217,12 @@ class Walk:
         self._cuts.append(Cut(weight, axis, layout.groups, layout.block))
         return True
 
-    def read(self, value: str, weight: str, axis: int, layout: Layout) -> bool:
+    def read(self, value: str, weight: str, axis: int, layout: Layout, bias: str) -> bool:
         """Note a weight that reads the channels of a value."""
         if not self.cut(weight, axis, layout):
             return False
-        self._readers.append(Reader(value, layout.axis, self._cuts[-1]))
+        usable = self.own(bias) is not None and self.weights[bias].ndim == 1
+        self._readers.append(Reader(value, layout.axis, self._cuts[-1], bias if usable else ""))
         return True
 
     def state(self, constant: str, place: int, layout: Layout) -> bool:

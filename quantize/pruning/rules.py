@@ -61,9 +61,13 @@ def _matmul(walk: Walk, node: Any) -> bool:
 def _reads(walk: Walk, node: Any, into: int, axis: int) -> bool:
     """The axis `into` of the node's weight reads its input's axis."""
     layout = walk.layouts.get(node.input[0])
-    return layout is None or (
-        layout.axis == axis and walk.read(node.input[0], node.input[1], into, layout)
-    )
+    if layout is None:
+        return True
+    # A transposed convolution adds by place, a scaled product by its factors: no plain sum.
+    scaled = any(one.name in ("alpha", "beta") and one.f != 1 for one in node.attribute)
+    plain = node.op_type in ("Conv", "Gemm") and not scaled and len(node.input) > 2
+    bias = node.input[2] if plain else ""
+    return layout.axis == axis and walk.read(node.input[0], node.input[1], into, layout, bias)
 
 
 def _makes(walk: Walk, node: Any, out: int, axis: int) -> bool:

@@ -20,6 +20,7 @@ from quantize.passes import Bench, pruning
 from quantize.pruning import choosing, cutting, work
 
 MODEL = Path("examples/fashion_mnist/fp32.onnx").resolve()
+LITE0 = Path("examples/efficientnet_lite0/out/fp32.onnx").resolve()
 SIDE = 8
 
 
@@ -351,6 +352,28 @@ def test_thinned_weights_are_as_many_zeros_as_asked_and_the_largest_stay() -> No
     assert np.abs(values[thin == 0]).max() <= np.abs(thin[thin != 0]).min()
 
 
+def test_a_channel_that_never_changes_is_compensated_for_by_the_next_bias(tmp_path: Path) -> None:
+    """The largest channels of all, always the same: their bias alone speaks."""
+    net = Net(8)
+    x = net.add("Relu", [net.conv("x", 3, 16)])
+    pooled = net.add("Flatten", [net.add("GlobalAveragePool", [x])])
+    path = net.model(net.gemm(pooled, 16, 4), tmp_path / "net.onnx")
+    model, still = onnx_door.load(path), [0, 2, 3, 6, 7, 8, 12, 13]
+    for item in model.graph.initializer[:2]:
+        values = numpy_helper.to_array(item).copy()
+        values[still] = 0 if values.ndim > 1 else 30
+        item.CopyFrom(numpy_helper.from_array(values, item.name))
+    onnx.save(model, path)
+    samples = net.rng.random((40, 3, SIDE, SIDE), dtype=np.float32)
+    seen = bench(path)._replace(calibration={"x": samples})
+    how = {"use": "prune_channels", "ratio": 0.5, "importance": "activations"}
+    passes.decode(how, "p").apply(path, tmp_path / "half.onnx", seen)
+    want = run(path, samples)
+    np.testing.assert_allclose(run(tmp_path / "half.onnx", samples), want, atol=1e-3)
+    passes.decode(how | {"compensate": False}, "p").apply(path, tmp_path / "lost.onnx", seen)
+    assert np.abs(run(tmp_path / "lost.onnx", samples) - want).max() > 0.1
+
+
 def test_a_run_tells_what_pruning_changed_and_what_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -380,3 +403,17 @@ variants:
     assert zeros["size_bytes"] > 0.97 * fp32["size_bytes"]
     assert zeros["packed_bytes"] < 0.7 * fp32["packed_bytes"]
     assert zeros["refusal"] == ""
+
+
+@pytest.mark.skipif(not LITE0.exists(), reason="examples/efficientnet_lite0/build.py was not run")
+def test_all_of_efficientnet_lite0_but_its_outputs_can_lose_channels(tmp_path: Path) -> None:
+    said: list[str] = []
+    out = tmp_path / "thin.onnx"
+    how = passes.decode({"use": "prune_channels", "ratio": 0.3}, "p")
+    how.apply(LITE0, out, bench(LITE0)._replace(say=said.append))
+    assert "385.19 -> 219.21 million" in said[0]
+    found, _ = pruning.understand(onnx_door.load(out))
+    assert len(found.prunable) == 24 and len(found.sizes) == 25
+    loaded = backend("onnxruntime").load(out, {})
+    answer = loaded.run({"input": np.zeros((2, 3, 224, 224), np.float32)})["logits"]
+    assert answer.shape == (2, 1000) and np.isfinite(answer).all()
