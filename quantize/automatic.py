@@ -11,12 +11,14 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from device_profiles import loading
 from device_profiles.schema import ProfileError
 from edge_runtime.errors import NotFoundError, UsageError
 from quantize import kernels, models, onnx_door, proposing
 from quantize.models import ModelFile
-from quantize.passes import ONNX
+from quantize.passes import FLOAT, ONNX
 from quantize.recipe import Budgets, Data, Evaluation, Pack, Recipe, Search
 
 # The module that a backend needs here, on the builder's machine, to be measured at all.
@@ -25,6 +27,7 @@ MODULES = {
     "openvino": ("openvino",),
     "litert": ("ai_edge_litert", "tflite_runtime"),
 }
+_CHANNELS = (1, 3)  # of an image
 
 
 class Wish(NamedTuple):
@@ -41,6 +44,8 @@ class Wish(NamedTuple):
     samples: int = 0
     threads: int = 1
     search_s: float = 0.0
+    metric: str = "auto"
+    output: str = ""
 
 
 def recipe(wish: Wish) -> Recipe:
@@ -50,6 +55,12 @@ def recipe(wish: Wish) -> Recipe:
         NotFoundError, BundleError: the model. UsageError: the target or the labels.
     """
     source = models.read(wish.model)
+    if FLOAT not in source.traits:
+        raise UsageError(
+            f"is quantized already ({source.precision})",
+            where=str(wish.model),
+            expected="the float model it was made of: what rounding lost does not come back",
+        )
     backends = [one for one in target_backends(wish.target) if is_here(one)]
     thin = kernels.slow(source.path).thin if source.format == ONNX else ()
     proposal = proposing.propose(source, operators(source), backends, _can_import, thin)
@@ -64,10 +75,10 @@ def recipe(wish: Wish) -> Recipe:
         name=wish.name or as_name(wish.model.stem),
         version=wish.version,
         source=str(wish.model.resolve()),
-        data=Data(path=_absolute(wish.data), calibration=_absolute(wish.calibration)),
+        data=_data(wish, source),
         threads=wish.threads,
         targets=(wish.target,),
-        evaluation=Evaluation(samples=wish.samples),
+        evaluation=Evaluation(wish.metric, output=wish.output, samples=wish.samples),
         budgets=Budgets(drop_max=wish.drop_max),
         variants=proposal.variants,
         search=Search(time_s_max=wish.search_s) if wish.search_s else None,
@@ -113,6 +124,21 @@ def operators(source: ModelFile) -> set[str]:
 def as_name(text: str) -> str:
     """A model's name made of a file's."""
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-")[:48] or "model"
+
+
+def _data(wish: Wish, source: ModelFile) -> Data:
+    """Where samples are; of a folder of images also what the model's input says about them."""
+    data = Data(path=_absolute(wish.data), calibration=_absolute(wish.calibration))
+    shape = source.inputs[0].shape
+    if len(shape) != 4 or not Path(data.path).is_dir():
+        return data
+    last = shape[3] in _CHANNELS and shape[1] not in _CHANNELS
+    return msgspec.structs.replace(
+        data,
+        layout="NHWC" if last else "NCHW",
+        color="L" if shape[3 if last else 1] == 1 else "RGB",
+        pixel_scale=data.pixel_scale if source.inputs[0].datatype.startswith("FP") else 1.0,
+    )
 
 
 def _absolute(text: str) -> str:

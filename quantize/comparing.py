@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from edge_runtime.errors import ModelError, UsageError
-from quantize import datasets, evaluating, latency, models, scores, served
+from quantize import datasets, evaluating, judging, latency, models, scores, served
 from quantize.automatic import is_here
 from quantize.datasets import Dataset
 from quantize.latency import Timed
@@ -127,16 +127,24 @@ def model_files(
             where=str(paths[1]),
             expected=f"{len(sides[0].inputs)}, as {paths[0].name}",
         )
+    if len(sides[0].outputs) != len(sides[1].outputs):
+        raise UsageError(
+            f"answers with {len(sides[1].outputs)} outputs",
+            where=str(paths[1]),
+            expected=f"{len(sides[0].outputs)}, as {paths[0].name}",
+        )
     whole = datasets.load(data, sides[0].inputs)
     if evaluation.samples and evaluation.samples < len(whole):
         order = np.random.Generator(np.random.PCG64(evaluation.seed)).permutation(len(whole))
         whole = whole.take(np.sort(order[: evaluation.samples]))
-    name, metric = evaluating.metric_of(evaluation, whole, None)
+    ours = sides[0].outputs
+    judged = judging.judged(evaluation, ours, whole.labels, None, whole.where)
+    place = [spec.name for spec in ours].index(judged.output)
     candidates = [_candidate(f"side-{n}", one, threads) for n, one in enumerate(sides)]
     with served.daemon() as daemon:
         got = [_answers(daemon, one, whole, say) for one in candidates]
-    main = [next(iter(one.outputs.values())) for one in got]
-    points = [metric.score(one, whole.labels, main[0]) for one in main]
+    main = [list(one.outputs.values())[place] for one in got]
+    points = [judged.metric.score(one, judged.labels, main[0]) for one in main]
     say("measuring latency")
     times = _times(candidates, whole)
     found = [
@@ -151,7 +159,7 @@ def model_files(
     ]
     loss = scores.difference(points[0], points[1], confidence, evaluation.seed)
     speedup = latency.ratio(times[0], times[1])
-    return Compared(name, len(whole), confidence, found[0], found[1], loss, speedup)
+    return Compared(judged.name, len(whole), confidence, found[0], found[1], loss, speedup)
 
 
 def _candidate(name: str, one: ModelFile, threads: int) -> Candidate:

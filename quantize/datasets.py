@@ -7,8 +7,10 @@ that the same recipe sees the same samples.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edge_runtime import tensors
-from edge_runtime.errors import NotFoundError, UsageError
+from edge_runtime.errors import EdgeError, NotFoundError, UsageError
 from edge_runtime.tensors import TensorSpec
 from quantize import recipe as recipes
 from quantize.recipe import Data
@@ -26,6 +28,7 @@ Array = np.ndarray[Any, Any]
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 INPUT, LABELS = "x", "y"
+LABELS_FILE = "labels.csv"  # beside images that lie side by side
 # Keeps the hash of a large data set to seconds; the shapes and both ends are in it anyway.
 FINGERPRINT_BYTES_MAX = 1 << 30
 
@@ -37,11 +40,13 @@ class Dataset(NamedTuple):
         inputs: per input name an array [samples, ...].
         labels: [samples] or [samples, ...]; None: there are none.
         where: what it was read from, for messages.
+        notes: what a reader should know of how it was read.
     """
 
     inputs: dict[str, Array]
     labels: Array | None
     where: str
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -52,7 +57,12 @@ class Dataset(NamedTuple):
             {name: array[chosen] for name, array in self.inputs.items()},
             None if self.labels is None else self.labels[chosen],
             self.where,
+            self.notes,
         )
+
+    def labelled(self, labels: Array | None) -> Dataset:
+        """The same samples with other labels."""
+        return Dataset(self.inputs, labels, self.where, self.notes)
 
 
 class Split(NamedTuple):
@@ -151,7 +161,10 @@ def batches(inputs: dict[str, Array], rows: int) -> Iterator[dict[str, Array]]:
 
 def _from_npz(path: Path, specs: tuple[TensorSpec, ...]) -> Dataset:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        opened = np.load(path, allow_pickle=False)
+        if isinstance(opened, np.ndarray):
+            raise ValueError("it holds one array without a name")
+        with opened as archive:
             arrays = {name: archive[name] for name in archive.files}
     except FileNotFoundError as e:
         raise NotFoundError("there are no such data", where=str(path)) from e
@@ -185,15 +198,32 @@ def _from_callable(text: str, specs: tuple[TensorSpec, ...]) -> Dataset:
             where=text,
             expected="module:function that Python finds (PYTHONPATH)",
         ) from e
-    inputs, labels = function()
-    if not isinstance(inputs, dict):
-        inputs = {specs[0].name: inputs}
-    labels = None if labels is None else np.asarray(labels)
-    return Dataset({key: np.asarray(value) for key, value in inputs.items()}, labels, text)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the outcome
+            inputs, labels = function()
+        given = inputs if isinstance(inputs, dict) else {specs[0].name: inputs}
+        arrays = {str(key): np.asarray(value) for key, value in given.items()}
+        labels = None if labels is None else np.asarray(labels)
+    except (KeyboardInterrupt, EdgeError):
+        raise
+    except BaseException as e:  # the user's own code, which may raise or exit as it likes
+        raise UsageError(
+            f"failed: {type(e).__name__}: {e}",
+            where=text,
+            expected="(inputs, labels or None); inputs an array, or one array per input by name",
+        ) from e
+    missing = [spec.name for spec in specs if spec.name not in arrays]
+    if missing:
+        raise UsageError(
+            f"returned no array for input {missing[0]!r}, only {', '.join(arrays) or 'none'}",
+            where=text,
+            expected=", ".join(spec.name for spec in specs),
+        )
+    return Dataset(arrays, labels, text)
 
 
 def _from_images(folder: Path, data: Data, specs: tuple[TensorSpec, ...]) -> Dataset:
-    """One folder per class (labels by sorted name), or images side by side without labels."""
+    """One folder per class (labels by sorted name), or images side by side (labels.csv, if any)."""
     if len(specs) != 1:
         raise UsageError(
             f"the model has {len(specs)} inputs", where=str(folder), expected="one, for images"
@@ -210,9 +240,44 @@ def _from_images(folder: Path, data: Data, specs: tuple[TensorSpec, ...]) -> Dat
             expected="files ending in " + ", ".join(IMAGE_ENDINGS),
         )
     shape = _image_shape(specs[0], data, folder)
-    pixels = np.stack([_read_image(file, data, shape) for _, file in files])
+    first = _read_image(files[0][1], data, shape)
+    pixels = np.empty((len(files), *first.shape), _pixel_type(specs[0], data))
+    for place, (_, file) in enumerate(files):
+        pixels[place] = _read_image(file, data, shape)
     labels = np.array([number for number, _ in files]) if classes else None
-    return Dataset({specs[0].name: pixels}, labels, str(folder))
+    if not classes and (folder / LABELS_FILE).exists():
+        labels = _labels_of([file.name for _, file in files], folder / LABELS_FILE)
+    note = (
+        f"images were given as {data.color} {shape[1]}x{shape[0]}, pixels * {data.pixel_scale:.4g}"
+        f" - {list(data.mean)}, / {list(data.std)}; another scale goes into a recipe's data"
+    )
+    return Dataset({specs[0].name: pixels}, labels, str(folder), (note,))
+
+
+def _pixel_type(spec: TensorSpec, data: Data) -> Any:
+    """Whole pixels for a model that takes whole pixels; else floats, which `_fit` judges."""
+    untouched = data.pixel_scale == 1 and not any(data.mean) and set(data.std) == {1.0}
+    return np.uint8 if spec.datatype == "UINT8" and untouched else np.float32
+
+
+def _labels_of(names: list[str], path: Path) -> Array:
+    """Labels of images in the order of `names`, from lines `file,class` (a number)."""
+    try:
+        rows = [line.split(",") for line in path.read_text().splitlines() if line.strip()]
+        known = {row[0].strip(): int(row[1]) for row in rows if row[1].strip().isdigit()}
+    except (OSError, UnicodeDecodeError, IndexError) as e:
+        raise UsageError(
+            f"cannot be read: {e}", where=str(path), expected="lines of file,class"
+        ) from e
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise UsageError(
+            f"names no class (a number) for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            where=str(path),
+            expected="a line file,class for every image",
+        )
+    return np.array([known[name] for name in names])
 
 
 def _images(folder: Path) -> list[Path]:
@@ -265,7 +330,7 @@ def _fitted(data: Dataset, specs: tuple[TensorSpec, ...]) -> Dataset:
     """
     count = {len(array) if array.ndim else 0 for array in data.inputs.values()}
     if data.labels is not None:
-        count.add(len(data.labels))
+        count.add(len(data.labels) if data.labels.ndim else 0)
     if len(count) != 1 or 0 in count:
         raise UsageError(
             f"arrays hold {', '.join(map(str, sorted(count)))} samples",
@@ -273,7 +338,13 @@ def _fitted(data: Dataset, specs: tuple[TensorSpec, ...]) -> Dataset:
             expected="the same number, at least one, in all",
         )
     inputs = {spec.name: _fit(data.inputs[spec.name], spec, data.where) for spec in specs}
-    return Dataset(inputs, data.labels, data.where)
+    notes = tuple(
+        f"{spec.name!r} is {data.inputs[spec.name].dtype} and was given to the model as {one.dtype}"
+        f" of {one.min():g} to {one.max():g}; nothing was scaled"
+        for spec, one in ((spec, inputs[spec.name]) for spec in specs)
+        if data.inputs[spec.name].dtype.kind in "iu" and one.dtype.kind == "f"
+    )
+    return Dataset(inputs, data.labels, data.where, (*data.notes, *notes))
 
 
 def _fit(array: Array, spec: TensorSpec, where: str) -> Array:
@@ -291,6 +362,20 @@ def _fit(array: Array, spec: TensorSpec, where: str) -> Array:
         if wanted.kind in "iu" and not np.array_equal(converted, array):
             raise UsageError(f"{spec.name!r} does not fit {wanted}", where=where)
         array = converted
+    if wanted.kind == "f" and not np.isfinite(array).all():
+        bad = int((~np.isfinite(array).reshape(len(array), -1).all(axis=1)).sum())
+        raise UsageError(
+            f"{spec.name!r} holds NaN or infinity in {bad} of {len(array)} samples",
+            where=where,
+            expected="numbers: one of these would spoil every range that is calibrated",
+        )
+    if not spec.shape or spec.shape[0] not in (-1, 1):
+        raise UsageError(
+            f"input {spec.name!r} {list(spec.shape)} has no first axis for samples",
+            where=where,
+            expected="a first axis that is free (-1) or 1",
+            remedy="export the model with such an axis; for a state, put the batch axis first",
+        )
     one = spec.shape[1:]
     if not tensors.shape_matches(array.shape[1:], one):
         if tensors.shape_matches(array.shape[1:], spec.shape) and array.shape[1] == 1:

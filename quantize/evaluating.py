@@ -26,7 +26,7 @@ from quantize.latency import Timed
 from quantize.models import ModelFile
 from quantize.passes import Say
 from quantize.pruning import work
-from quantize.recipe import Evaluation, Recipe, Variant
+from quantize.recipe import Recipe, Variant
 from quantize.results import Evaluated
 from quantize.scores import Metric
 from quantize.served import Candidate, Daemon, Served
@@ -42,20 +42,14 @@ LZMA_PRESET = 3
 class Judge:
     """What all variants are measured with."""
 
-    def __init__(self, recipe: Recipe, source: ModelFile, data: Dataset, metric: Metric) -> None:
+    def __init__(
+        self, recipe: Recipe, source: ModelFile, data: Dataset, metric: Metric, output: str
+    ) -> None:
         self.recipe = recipe
         self.source = source
         self.data = data
         self.metric = metric
-        named = recipe.evaluation.output
-        names = [spec.name for spec in source.outputs]
-        if named and named not in names:
-            raise ModelError(
-                f"the model has no output {named!r}",
-                where="evaluation.output",
-                expected=", ".join(names),
-            )
-        self.output = named or names[0]
+        self.output = output
 
     def options(self, variant: Variant) -> dict[str, Any]:
         """The variant's options with the recipe's number of threads."""
@@ -76,6 +70,7 @@ def evaluate(
     reference = answers[built[0].variant.name]
     if isinstance(reference, str):
         raise ModelError(f"the float model itself is not served: {reference}")
+    _check_numbers(judge, reference.outputs[judge.output])
     say("measuring latency")
     with tempfile.TemporaryDirectory() as folder:
         times = _times(judge, built, answers, Path(folder))
@@ -90,6 +85,25 @@ def evaluate(
         for one in found
     ]
     return _needed(judged), reference.outputs
+
+
+def _check_numbers(judge: Judge, answers: Array) -> None:
+    """Raises: ModelError where the float model's own answers are no numbers: nothing equals them"""
+    bad = int(not_numbers(answers).sum())
+    if bad:
+        raise ModelError(
+            f"the float model answers NaN (no number) to {bad} of {len(answers)} samples in output"
+            f" {judge.output!r}",
+            where=judge.data.where,
+            remedy="see that inputs are scaled as in training, and leave such samples out",
+        )
+
+
+def not_numbers(answers: Array) -> Array:
+    """Which samples' answers hold a NaN [samples]."""
+    if answers.dtype.kind != "f":
+        return np.zeros(len(answers), bool)
+    return np.asarray(np.isnan(answers.reshape(len(answers), -1)).any(axis=1))
 
 
 def _needed(judged: list[Evaluated]) -> list[Evaluated]:
@@ -192,6 +206,8 @@ def _joined(
         placement=got.placement,
         **_scored(judge, got, answers[built[0].variant.name]),
     )
+    if found.refusal:
+        return found
     time = times.get(variant.name, "no time")
     if isinstance(time, str):
         return msgspec.structs.replace(found, refusal=f"not measured: {time}")
@@ -225,6 +241,9 @@ def _macs(path: Path) -> int:
 def _scored(judge: Judge, got: Served, reference: Served | str) -> dict[str, Any]:
     assert isinstance(reference, Served)
     want = reference.outputs[judge.output]
+    bad = int(not_numbers(got.outputs[judge.output]).sum())
+    if bad:
+        return {"refusal": f"{verdict.WORSE}: NaN (no number) for {bad} of {len(want)} samples"}
     confidence, seed = judge.recipe.budgets.confidence, judge.recipe.evaluation.seed
     mine = judge.metric.score(got.outputs[judge.output], judge.data.labels, want)
     theirs = judge.metric.score(want, judge.data.labels, want)
@@ -232,21 +251,6 @@ def _scored(judge: Judge, got: Served, reference: Served | str) -> dict[str, Any
         "score": scores.interval(mine, confidence, seed),
         "against": scores.difference(theirs, mine, confidence, seed),
     }
-
-
-def metric_of(evaluation: Evaluation, data: Dataset, function: Any | None) -> tuple[str, Metric]:
-    """The metric's name and itself: with labels top1, without them agreement, unless stated."""
-    name = evaluation.metric
-    if name == "auto":
-        name = "agreement" if data.labels is None else "top1"
-    found = scores.metric(name, evaluation.k, function)
-    if found.needs_labels and data.labels is None:
-        raise ModelError(
-            f"metric {name!r} needs labels, and the data have none",
-            where=data.where,
-            remedy="give labels (`y` in the .npz), or evaluation.metric: agreement",
-        )
-    return name, found
 
 
 def machine() -> dict[str, Any]:

@@ -56,6 +56,25 @@ def infer_shapes(model: Any) -> Any:
         return model
 
 
+def raised(model: Any, opset: int) -> Any:
+    """The model in at least this version of the standard operators.
+
+    Raises:
+        ModelError: the library cannot convert it.
+    """
+    onnx = library()
+    (version,) = {one.version for one in model.opset_import if one.domain in ("", "ai.onnx")} or {0}
+    if not 0 < version < opset:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, opset)
+    except Exception as e:
+        raise ModelError(
+            f"cannot be raised from operator set {version} to {opset}: {_brief(e)}",
+            remedy=f"export the model again with opset {opset} or later",
+        ) from e
+
+
 def arrays(model: Any) -> dict[str, Any]:
     """Weights by name as numpy arrays."""
     numpy_helper = library().numpy_helper

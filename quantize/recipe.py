@@ -30,6 +30,7 @@ METRICS = (
     "f1",
     "map",
     "mse",
+    "nmse",
     "psnr",
     "wer",
     "agreement",
@@ -74,10 +75,11 @@ class Evaluation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How right a variant is, and how that is measured.
 
     Attributes:
-        metric: one of METRICS; auto: top1 with labels, agreement with the float model without.
+        metric: one of METRICS; auto: what fits labels and output (see judging.py), for classes
+            top1 with labels, agreement with the float model without.
         k: for topk. callable: `module:function` for metric `callable` and `wer`: takes
             (outputs, labels) and returns one score per sample, larger is better.
-        output: the output that is judged; empty: the first.
+        output: the output that is judged; empty: the first that holds floats.
         samples: at most so many, chosen by `seed`; 0: all.
         rounds: interleaved rounds of latency; each runs every variant.
     """

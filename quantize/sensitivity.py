@@ -18,7 +18,7 @@ import numpy as np
 
 from edge_runtime.backends import backend
 from edge_runtime.errors import EdgeError, UsageError
-from quantize import datasets, evaluating, models, onnx_door, onnxruntime_door
+from quantize import datasets, judging, models, onnx_door, onnxruntime_door
 from quantize.models import ModelFile
 from quantize.passes import ONNX, Bench, Say
 from quantize.passes.graph import Clean
@@ -326,7 +326,10 @@ def of_model(question: Question, say: Say) -> Sensitivity:
     own = datasets.load(told, given.inputs, told.calibration) if told.calibration else None
     count = question.samples or SAMPLES_DEFAULT
     split = datasets.split(whole, own, Calibration().samples, 0, count, 0)
-    name, metric = evaluating.metric_of(Evaluation(), split.evaluation, None)
+    judged = judging.judged(
+        Evaluation(), given.outputs, split.evaluation.labels, None, split.evaluation.where
+    )
+    metric, samples = judged.metric, split.evaluation.labelled(judged.labels)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         bench = Bench(
@@ -335,7 +338,6 @@ def of_model(question: Question, say: Say) -> Sensitivity:
         Clean().apply(given.path, folder / "clean.onnx", bench)
         source = models.read(folder / "clean.onnx")
         how = StaticInt8(method=question.method)
-        output = source.outputs[0].name
-        probe = Probe(source, bench, split.evaluation, metric, output, how, folder)
+        probe = Probe(source, bench, samples, metric, judged.output, how, folder)
         drop_max = metric.drop_max if question.drop_max is None else question.drop_max
-        return measure(probe, source, bench, name, drop_max, say)
+        return measure(probe, source, bench, judged.name, drop_max, say)

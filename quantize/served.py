@@ -26,7 +26,7 @@ from edge_runtime.bundle import manifest as manifests
 from edge_runtime.bundle.manifest import Blob, Manifest, Variant
 from edge_runtime.client import Client
 from edge_runtime.client.control import ControlClient
-from edge_runtime.errors import EdgeError, UnavailableError
+from edge_runtime.errors import EdgeError, ModelError, UnavailableError
 from edge_runtime.tensors import TensorSpec
 from quantize import datasets
 from quantize.passes import Feeds
@@ -193,7 +193,35 @@ def _ask(client: Client, candidate: Candidate, inputs: Feeds) -> dict[str, Array
     parts = list(
         client.infer_many(candidate.name, datasets.batches(inputs, rows), timeout_s=REQUEST_S_MAX)
     )
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    counts = [len(part[next(iter(part))]) for part in datasets.batches(inputs, rows)]
+    return {name: _joined(name, [part[name] for part in parts], counts) for name in parts[0]}
+
+
+def _joined(name: str, parts: list[Array], counts: list[int]) -> Array:
+    """The answers to all samples, [samples, ...].
+
+    An output without an axis for samples is one of a sample where one was asked at a time.
+
+    Raises:
+        ModelError: its size depends on what is in the samples.
+    """
+    if all(part.ndim and len(part) == count for part, count in zip(parts, counts, strict=True)):
+        shapes = {part.shape[1:] for part in parts}
+    elif max(counts) == 1:
+        parts = [part[np.newaxis] for part in parts]
+        shapes = {part.shape[1:] for part in parts}
+    else:
+        shapes = set()
+    if len(shapes) != 1:
+        raise ModelError(
+            f"output {name!r} has another shape for other samples: {sorted(shapes)[:2]}"
+            if shapes
+            else f"output {name!r} has {len(parts[0])} rows for {counts[0]} samples: its first"
+            " axis is no batch axis",
+            expected="answers that can be compared sample by sample: one fixed shape",
+            remedy="export the model with a batch axis of 1, and without the step that selects",
+        )
+    return np.concatenate(parts)
 
 
 def _start(folder: Path) -> subprocess.Popen[bytes]:

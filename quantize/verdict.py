@@ -75,9 +75,9 @@ def _wrong(one: Evaluated, reference: Evaluated, budgets: Budgets, drop_max: flo
         f"{one.score.value:.4f} instead of {reference.score.value:.4f} on {one.backend}"
         f" {one.backend_version}"
     )
-    if lost.drop > drop_max:
+    if not lost.drop <= drop_max:  # not a number is no proof
         return f"{WORSE}: {figures}, a loss of {lost.drop:.4f} where {drop_max:g} is allowed"
-    if lost.bound > drop_max:
+    if not lost.bound <= drop_max:
         return (
             f"{UNPROVEN}: {figures}; at {budgets.confidence:.0%} confidence it may lose"
             f" {lost.bound:.4f}, allowed is {drop_max:g}; more samples may prove it"

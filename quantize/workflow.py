@@ -21,6 +21,7 @@ from quantize import (
     building,
     datasets,
     evaluating,
+    judging,
     models,
     observing,
     onnxruntime_door,
@@ -83,9 +84,17 @@ def prepare(given: Recipe) -> Prepared:
         ready.evaluation.samples,
         ready.evaluation.seed,
     )
-    name, metric = evaluating.metric_of(ready.evaluation, split.evaluation, _function(ready))
-    judge = Judge(ready, source, split.evaluation, metric)
-    return Prepared(ready, source, split, chains, judge, name)
+    judged = judging.judged(
+        ready.evaluation,
+        source.outputs,
+        split.evaluation.labels,
+        _function(ready),
+        split.evaluation.where,
+    )
+    notes = (*whole.notes, *split.notes, *([judged.note] if judged.note else []))
+    split = Split(split.calibration, split.evaluation.labelled(judged.labels), notes)
+    judge = Judge(ready, source, split.evaluation, judged.metric, judged.output)
+    return Prepared(ready, source, split, chains, judge, judged.name)
 
 
 def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:

@@ -65,6 +65,10 @@ def add_wish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", type=args.count, default=1, metavar="N")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="names of classes, one a line")
     parser.add_argument("--drop-max", type=float, metavar="LOSS", help="allowed loss of the metric")
+    parser.add_argument(
+        "--metric", default="auto", help="how right an answer is (default: what fits the labels)"
+    )
+    parser.add_argument("--output", default="", metavar="NAME", help="the output that is judged")
     parser.add_argument("--samples", type=args.count, default=0, metavar="N", help="judge so many")
     parser.add_argument("--threads", type=args.count, default=1, metavar="N")
     parser.add_argument(

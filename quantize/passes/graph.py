@@ -14,9 +14,13 @@ import msgspec
 from quantize import onnx_door, onnxruntime_door
 from quantize.passes import FLOAT, ONNX, SHAPED, Bench
 
+OPSET_MIN = 13
+
 
 class Clean(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """onnxruntime's basic graph optimizations, and shape inference."""
+    """onnxruntime's basic graph optimizations, shape inference, and an operator set that can say
+    what a quantizer has to (scales per channel came with 13); an older one is raised to it.
+    """
 
     requires: ClassVar[frozenset[str]] = frozenset({ONNX, FLOAT})
     ensures: ClassVar[frozenset[str]] = frozenset({SHAPED})
@@ -25,7 +29,8 @@ class Clean(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def apply(self, source: Path, out: Path, bench: Bench) -> None:
         """See passes.Pass.apply."""
         onnxruntime_door.optimize(source, out)
-        onnx_door.save(onnx_door.infer_shapes(onnx_door.load(out)), out)
+        model = onnx_door.raised(onnx_door.load(out), OPSET_MIN)
+        onnx_door.save(onnx_door.infer_shapes(model), out)
 
     def versions(self) -> dict[str, str]:
         return onnxruntime_door.versions()

@@ -1,0 +1,129 @@
+"""Which metric judges which output: no metric may call every variant right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edge_runtime.errors import ModelError, UsageError
+from edge_runtime.tensors import TensorSpec
+from quantize import judging, scores
+from quantize.recipe import Evaluation
+
+CLASSES = TensorSpec("p", "FP32", (-1, 10))
+ONE = TensorSpec("v", "FP32", (-1, 1))
+FIELD = TensorSpec("f", "FP32", (-1, 8, 3))
+NUMBER = TensorSpec("label", "INT64", (-1,))
+LABELS = np.arange(20) % 10
+
+
+def name(spec: TensorSpec, labels: np.ndarray | None) -> str:
+    return judging.judged(Evaluation(), (spec,), labels).name
+
+
+@pytest.mark.parametrize(
+    ("spec", "labels", "expected"),
+    [
+        (CLASSES, None, "agreement"),
+        (ONE, None, "nmse"),  # the largest of one value always agrees
+        (FIELD, None, "cosine"),
+        (NUMBER, None, "agreement"),
+        (CLASSES, LABELS, "top1"),
+        (CLASSES, LABELS.astype(np.float64), "top1"),
+        (CLASSES, np.eye(10)[LABELS], "top1"),
+        (CLASSES, (np.arange(200).reshape(20, 10) % 3 == 0), "f1"),
+        (CLASSES, np.linspace(0, 1, 200).reshape(20, 10), "nmse"),
+        (ONE, LABELS % 2, "f1"),
+        (ONE, np.linspace(-3, 40, 20), "nmse"),
+        (FIELD, np.arange(480).reshape(20, 8, 3) % 2, "f1"),
+        (FIELD, np.linspace(0, 1, 480).reshape(20, 8, 3), "nmse"),
+    ],
+)
+def test_the_metric_follows_the_output_and_the_labels(
+    spec: TensorSpec, labels: np.ndarray | None, expected: str
+) -> None:
+    assert name(spec, labels) == expected
+
+
+def test_one_hot_labels_are_read_as_classes() -> None:
+    found = judging.judged(Evaluation(), (CLASSES,), np.eye(10)[LABELS])
+    assert found.labels is not None and found.labels.tolist() == LABELS.tolist()
+    assert found.metric.score(np.eye(10)[LABELS], found.labels, LABELS).mean() == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "labels", "metric", "says"),
+    [
+        (CLASSES, LABELS + 1, "auto", "labels reach from 1 to 10"),
+        (CLASSES, LABELS - 1, "auto", "labels reach from -1 to 8"),
+        (CLASSES, np.array(["a"] * 20), "auto", "labels have dtype"),
+        (CLASSES, LABELS + 0.5, "top1", "no classes"),
+        (CLASSES, np.ones((20, 10)), "top1", "not one class a sample"),
+        (ONE, LABELS % 2, "top1", "always right"),
+        (CLASSES, LABELS, "mse", "value by value"),  # numpy would broadcast it in silence
+        (FIELD, LABELS, "auto", "do not say which metric"),
+    ],
+)
+def test_labels_that_cannot_judge_are_refused_before_any_work(
+    spec: TensorSpec, labels: np.ndarray, metric: str, says: str
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        judging.judged(Evaluation(metric), (spec,), labels)
+
+
+def test_the_output_that_holds_scores_is_judged_not_the_class_number_before_it() -> None:
+    found = judging.judged(Evaluation(), (NUMBER, CLASSES), LABELS)
+    assert found.output == "p" and "'p'" in found.note
+    assert judging.judged(Evaluation(output="label"), (NUMBER, CLASSES), LABELS).output == "label"
+    with pytest.raises(ModelError, match="no output"):
+        judging.judged(Evaluation(output="q"), (NUMBER, CLASSES), LABELS)
+
+
+def test_class_numbers_are_compared_as_numbers() -> None:
+    want = np.array([3, 1, 4])
+    assert scores.agreement(np.array([3, 1, 5]), None, want).tolist() == [1, 1, 0]
+    assert scores.top1(np.array([[3], [1], [5]]), want).tolist() == [1, 1, 0]
+
+
+def test_an_answer_that_is_no_number_is_never_right() -> None:
+    answers = np.array([[np.nan, 1.0], [1.0, 0.0]])
+    assert scores.top1(answers, np.array([0, 0])).tolist() == [0, 1]
+    assert scores.in_top(np.c_[answers, answers], np.array([0, 0]), 2).tolist() == [0, 1]
+    assert scores.agreement(answers, None, np.array([[1.0, 0.0], [1.0, 0.0]])).tolist() == [0, 1]
+
+
+def test_the_error_as_a_share_of_variance_has_no_unit() -> None:
+    values = np.random.Generator(np.random.PCG64(0)).normal(size=(500, 1))
+    noisy = values + 0.1 * values.std() * np.where(np.arange(500) % 2, 1, -1)[:, None]
+    for scale in (1.0, 1000.0):
+        score = scores.negative_nmse(noisy * scale, None, values * scale).mean()
+        assert score == pytest.approx(-0.01, rel=0.02)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.03])
+def test_the_bound_of_a_loss_holds_as_often_as_it_says(share: float) -> None:
+    """Tango's bound; the usual error bars held in 87 of 100 sets where 95 were promised."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    lost = rng.binomial(200, share, 4000)
+    bounds = {int(n): scores.paired_bound(int(n), 0, 200, 0.95) for n in np.unique(lost)}
+    held = np.mean([bounds[int(n)] >= share for n in lost])
+    assert held >= 0.93  # counts are whole: it cannot hold exactly as often
+
+
+def test_paired_bounds_mirror_and_meet_their_ends() -> None:
+    assert scores.paired_bound(7, 3, 100, 0.95) == pytest.approx(
+        -scores.paired_bound(3, 7, 100, 0.05), abs=1e-6
+    )
+    assert scores.paired_bound(0, 0, 200, 0.95) == pytest.approx(2.7055 / 202.7055, abs=1e-4)
+    assert scores.paired_bound(200, 0, 200, 0.95) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_callable_metric_that_fails_or_returns_something_else_is_named() -> None:
+    outputs = np.zeros((4, 2))
+    for function, says in (
+        (lambda out, labels: 1 / 0, "ZeroDivisionError"),
+        (lambda out, labels: 1.0, r"returned \[\]"),
+        (lambda out, labels: np.full(4, np.nan), "no numbers"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            scores.metric("callable", function=function).score(outputs, None, outputs)
