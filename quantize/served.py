@@ -27,6 +27,7 @@ from edge_runtime.bundle.manifest import Blob, Manifest, Variant
 from edge_runtime.client import Client
 from edge_runtime.client.control import ControlClient
 from edge_runtime.errors import EdgeError, ModelError, UnavailableError
+from edge_runtime.serving import sandbox
 from edge_runtime.tensors import TensorSpec
 from quantize import datasets
 from quantize.passes import Feeds
@@ -239,7 +240,14 @@ def _start(folder: Path) -> subprocess.Popen[bytes]:
     command += ["--config", str(folder / "config.yaml")]
     environment = {k: v for k, v in os.environ.items() if k not in ("NOTIFY_SOCKET", "LISTEN_FDS")}
     with (folder / "daemon.log").open("wb") as log:
-        return subprocess.Popen(command, stderr=log, stdout=log, env=environment)
+        # If we are killed, nobody else would end it.
+        return subprocess.Popen(
+            command,
+            stderr=log,
+            stdout=log,
+            env=environment,
+            preexec_fn=lambda: sandbox.die_with_parent(signal.SIGTERM),
+        )
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], folder: Path) -> None:

@@ -8,10 +8,13 @@ command needs it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from edge_runtime.cli import arguments as args
 from edge_runtime.cli import output
@@ -33,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = _parser().parse_args(words)
-        return int(arguments.handler(arguments))
+        with _tidy_when_told_to_end():
+            arguments = _parser().parse_args(words)
+            return int(arguments.handler(arguments))
     except SystemExit as stop:  # argparse, after it printed a --help
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
@@ -50,6 +54,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             remedy="please report it; EDGE_RUNTIME_DEBUG=1 shows where it happened",
         )
         return _report(unexpected, "--json" in words)
+
+
+@contextlib.contextmanager
+def _tidy_when_told_to_end() -> Iterator[None]:
+    """SIGTERM unwinds like an interrupt: the private daemon ends and temporary folders go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

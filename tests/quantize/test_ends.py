@@ -1,0 +1,155 @@
+"""What a run leaves when it is ended early, and what it does with models that cannot be judged."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edge_runtime.errors import ModelError
+from quantize import cli, served
+from quantize.passes import Bench
+from quantize.passes.graph import Clean
+from quantize.passes.integer import StaticInt8
+from quantize.recipe import Data, Evaluation, Recipe, Variant
+from quantize.workflow import prepare, run
+
+X = np.random.Generator(np.random.PCG64(0)).normal(size=(60, 16)).astype(np.float32)
+WAIT_S = 60.0
+
+
+def product(path: Path, *more: onnx.NodeProto, inner: str = "o", opset: int = 17) -> Path:
+    """x [N, 16] -> MatMul -> (more) -> o [N, 4]."""
+    weights = np.random.Generator(np.random.PCG64(1)).normal(size=(16, 4)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], [inner], name="in/ner 1"), *more],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 16])],
+        [helper.make_tensor_value_info("o", TensorProto.FLOAT, ["N", 4])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    model.ir_version = 8
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    np.savez(tmp_path / "data.npz", x=X)
+    return tmp_path / "data.npz"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_a_run_that_is_ended_leaves_no_daemon_and_no_folders(
+    tmp_path: Path, data: Path, number: int, code: int
+) -> None:
+    temporary = Path("/tmp") / f"ends-{os.getpid()}-{number}"  # short: it holds sockets
+    temporary.mkdir()
+    model = product(tmp_path / "m.onnx")
+    words = [sys.executable, "-m", "quantize", "auto", str(model), "--data", str(data)]
+    process = subprocess.Popen(
+        words, env={**os.environ, "TMPDIR": str(temporary)}, stderr=subprocess.DEVNULL
+    )
+    try:
+        _until(lambda: list(temporary.glob("edge-q-*/run/control.sock")))
+        daemons = _mentioning(str(temporary))
+        assert daemons
+        process.send_signal(number)
+        assert process.wait(WAIT_S) == code
+        _until(lambda: not _mentioning(str(temporary)))
+        if number != signal.SIGKILL:
+            assert list(temporary.iterdir()) == []
+    finally:
+        process.kill()
+        subprocess.run(["rm", "-rf", str(temporary)], check=True)
+
+
+def _until(what: object) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not what():  # type: ignore[operator]
+        assert time.monotonic() < deadline_s, "it did not happen"
+        time.sleep(0.02)
+
+
+def _mentioning(text: str) -> list[str]:
+    """Processes with this in their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if text.encode() in (folder / "cmdline").read_bytes():
+                found.append(folder.name)
+        except OSError:
+            continue  # it ended
+    return found
+
+
+def test_a_float_model_that_answers_nan_is_refused_not_agreed_with(
+    tmp_path: Path, data: Path
+) -> None:
+    root = helper.make_node("Sqrt", ["h"], ["o"])
+    model = product(tmp_path / "m.onnx", root, inner="h")
+    recipe = Recipe(
+        name="nan", source=str(model), data=Data(str(data)), variants=(Variant("fp32"),)
+    )
+    with pytest.raises(ModelError, match=r"answers NaN .* samples in output 'o'"):
+        run(prepare(recipe), tmp_path / "work", None, lambda what: None)
+
+
+def test_a_quantized_model_is_refused_with_what_is_wanted(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = product(tmp_path / "m.onnx"), tmp_path / "q.onnx"
+    StaticInt8().apply(model, out, bench())
+    assert cli.main(["auto", str(out), "--data", str(data)]) == 2
+    assert "is quantized already" in capsys.readouterr().err
+
+
+def test_an_old_operator_set_is_raised_so_that_scales_per_channel_can_be_said(
+    tmp_path: Path, data: Path
+) -> None:
+    model = product(tmp_path / "m.onnx", opset=9)
+    recipe = Recipe(
+        name="old",
+        source=str(model),
+        data=Data(str(data)),
+        evaluation=Evaluation(rounds=3),
+        variants=(Variant("int8", passes=({"use": "clean"}, {"use": "static_int8"})),),
+    )
+    done = run(prepare(recipe), tmp_path / "work", None, lambda what: None)
+    int8 = done.outcome.of("int8")
+    assert int8.against is not None and int8.score is not None, int8.refusal
+    assert onnx.load(int8.path).opset_import[0].version >= 13
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = product(tmp_path / "m.onnx")
+    for name in ("a.onnx", "b.onnx"):
+        Clean().apply(model, tmp_path / f"clean-{name}", bench())
+        StaticInt8(method="mse").apply(tmp_path / f"clean-{name}", tmp_path / name, bench())
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def bench() -> Bench:
+    return Bench({"x": X}, (), (), 0, 0, lambda what: None)
+
+
+def test_an_output_without_an_axis_for_samples_is_one_of_each_sample() -> None:
+    state = [np.full((2, 1, 3), number) for number in range(5)]
+    assert served._joined("state", state, [1] * 5).shape == (5, 2, 1, 3)
+    assert served._joined("scalar", [np.float32(1)] * 5, [1] * 5).shape == (5,)
+    assert served._joined("y", [np.zeros((3, 4)), np.zeros((2, 4))], [3, 2]).shape == (5, 4)
+    with pytest.raises(ModelError, match="7 rows for 3 samples"):
+        served._joined("boxes", [np.zeros((7, 6)), np.zeros((1, 6))], [3, 2])
+    with pytest.raises(ModelError, match="another shape for other samples"):
+        served._joined("boxes", [np.zeros((7, 6)), np.zeros((1, 6))], [1, 1])
