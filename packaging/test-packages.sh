@@ -9,6 +9,7 @@ need systemd-nspawn systemd-container
 need systemd-analyze systemd
 need mkfs.ext4 e2fsprogs
 need cc gcc
+[ -d /usr/share/datasets/fashion-mnist ] || want="$want dataset-fashion-mnist"
 [ -n "$want" ] || exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
     echo "installing Debian packages for the tests:$want"

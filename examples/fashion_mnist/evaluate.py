@@ -20,6 +20,7 @@ import onnxruntime
 HERE = Path(__file__).resolve().parent
 BATCH = 100
 LATENCY_RUNS = 1000
+MODELS = ("fp32.onnx", "int8.onnx", "pruned.onnx", "pruned_int8.onnx")
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
@@ -71,9 +72,7 @@ def main() -> None:
         "data": "Fashion-MNIST test images, all 10,000",
         "runtime": f"onnxruntime {onnxruntime.__version__}, CPUExecutionProvider, 1 thread",
         "processor": processor(),
-        "models": {
-            name: report(HERE / name, inputs, labels) for name in ("fp32.onnx", "int8.onnx")
-        },
+        "models": {name: report(HERE / name, inputs, labels) for name in MODELS},
     }
     text = json.dumps(found, indent=2)
     (HERE / "accuracy.json").write_text(text + "\n")

@@ -17,7 +17,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion_mnist"
 TEST_SET = Path("/usr/share/datasets/fashion-mnist")
-MODELS = ("fp32.onnx", "int8.onnx")
+MODELS = ("fp32.onnx", "int8.onnx", "pruned.onnx", "pruned_int8.onnx")
 BATCH = 100
 
 
