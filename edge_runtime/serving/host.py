@@ -69,6 +69,15 @@ def _confine(spec: HostSpec) -> None:
         sandbox.apply(map(Path, spec.readable), map(Path, spec.devices), SETTLING_CALLS)
 
 
+def _among_others(spec: WorkerSpec) -> WorkerSpec:
+    """What a worker has to do differently.
+
+    A loop that spins would keep the interpreter from the others; one that waited for its model's
+    turn would neither read nor refuse anything meanwhile, so that a runner waits for it.
+    """
+    return structs.replace(spec, spin_us=0.0, runners=1 if spec.runners < 0 else spec.runners)
+
+
 class Host:
     """The workers of one process."""
 
@@ -95,8 +104,7 @@ class Host:
 
     def _worker(self, token: int, fds: list[int]) -> int:
         channel_fd, page_fd, spec_fd = fds
-        # A loop that spins would keep the interpreter from the others.
-        spec = structs.replace(read_spec(spec_fd, WorkerSpec), spin_us=0.0)
+        spec = _among_others(read_spec(spec_fd, WorkerSpec))
         control = socket.socket(fileno=channel_fd)
         self._allow_files(token, spec.limits.open_files_max)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.bundle.manifest import Variant
-from edge_runtime.errors import EdgeError
+from edge_runtime.errors import EdgeError, RequestError
 from edge_runtime.serving import sandbox
 from tests.backends.contract import compiled_delegate, require
 from tests.daemon.world import NO_BLOB, QUICK_RESTART, Daemon, bundle, filled, onnx_bundle, until
@@ -32,7 +32,9 @@ backends:
 class Board:
     """A daemon on a machine with a fake accelerator, which is a file."""
 
-    def __init__(self, root: Path, daemon: Callable[..., Daemon], exclusive: bool = True) -> None:
+    def __init__(
+        self, root: Path, daemon: Callable[..., Daemon], exclusive: bool = True, **options: Any
+    ) -> None:
         self.node = root / "accel0"
         self.node.touch()
         profile = root / "mine.yaml"
@@ -40,7 +42,7 @@ class Board:
         workers = {"restart": QUICK_RESTART, "heartbeat_idle_s": 0.2, "run_time_max_ms": 1500}
         models = {"swapped": {"keep_previous_warm": False}, "slow": {"load_time_max_s": 1}}
         config = {"profile": str(profile), "workers": workers, "models": models}
-        self.daemon = daemon(config).start()
+        self.daemon = daemon(config, **options).start()
 
     def add(self, name: str, version: int = 1, **given: Any) -> dict[str, Any]:
         """Install and activate a model that runs on the accelerator; it computes scale x + 1."""
@@ -226,6 +228,38 @@ def _ask_in_vain(daemon: Daemon, model: str, value: float) -> None:
         client.infer(model, {"x": filled(value)})
 
 
+def test_a_worker_refuses_while_it_waits_for_its_turn(board: Board) -> None:
+    daemon = board.daemon
+    board.add("long", options={"run_ms": 1200})
+    board.add("quick")
+    waiting = [
+        threading.Thread(target=daemon.infer, args=(model, 5.0)) for model in ("long", "quick")
+    ]
+    for thread, model in zip(waiting, ("long", "quick"), strict=True):
+        thread.start()
+        until(lambda: daemon.worker(model).get("connections"), "its connection")  # noqa: B023
+    with daemon.client() as client:
+        began_s = time.monotonic()
+        with pytest.raises(RequestError):
+            client.infer("quick", {"wrong": filled(1.0)})
+        assert time.monotonic() - began_s < 0.6, "not as late as the long run's end"
+    for thread in waiting:
+        thread.join(10)
+
+
+def test_a_library_that_does_not_survive_a_fork_is_the_host_itself(
+    tmp_path: Path, make_daemon: Callable[..., Daemon]
+) -> None:
+    board = Board(tmp_path, make_daemon, odd_backends=True)
+    board.add("first", scale=2.0, backend="unforkable")
+    board.add("second", scale=3.0, backend="unforkable")
+    assert board.pid("first") == board.pid("second")
+    os.kill(board.pid("first"), signal.SIGKILL)
+    assert board.daemon.infer("first", 5.0) == 11.0 and board.daemon.infer("second", 5.0) == 16.0
+    with pytest.raises(EdgeError, match="in use through unforkable"):
+        board.add("third", backend="reference")
+
+
 def test_a_swap_does_not_disturb_the_other_model(board: Board) -> None:
     slow = {"options": {"load_ms": 300}}
     board.add("swapped", 1, scale=2.0, **slow)
@@ -271,7 +305,7 @@ def test_the_best_of_two_variants_on_the_device_is_found_by_measuring(board: Boa
     assert daemon.model("choice")["active"]["variant"] == "quick"
     assert board.pid("choice") == board.pid("other")
     pid = board.pid("other")
-    until(lambda: len(list(Path(f"/proc/{pid}/task").iterdir())) <= 4, "the end of the slow one")
+    until(lambda: len(list(Path(f"/proc/{pid}/task").iterdir())) == 5, "the end of the slow one")
 
 
 def test_an_unload_ends_the_model_only_and_leaves_nothing_behind(board: Board) -> None:
@@ -283,10 +317,10 @@ def test_an_unload_ends_the_model_only_and_leaves_nothing_behind(board: Board) -
         """Threads and descriptors of the process."""
         return len(list(Path(f"/proc/{pid}/task").iterdir())), daemon.fds(pid)
 
-    until(lambda: traces()[0] == 2, "main thread and one worker")
+    until(lambda: traces()[0] == 3, "main thread, one worker and its runner")
     before = traces()
     for _ in range(3):
-        board.add("goes", options={"run_ms": 3})  # slow enough for a runner
+        board.add("goes", scale=2.0)
         with daemon.client() as client:
             client.infer("goes", {"x": filled(1.0)})
             daemon.control("unload", name="goes")
