@@ -392,15 +392,21 @@ def _job(ready: Prepared, variant: Variant, path: Path) -> latency.Job:
 
 
 def chosen(found: Sequence[Trial], recipe: Recipe, drop_max: float) -> tuple[Trial, ...]:
-    """Of each backend the finalists: the front of loss, time and size, within the budgets."""
+    """Of each backend the finalists: the front of those that keep the budgets, `keep` at most."""
     assert recipe.search is not None
+    return front([one for one in found if fits(one, recipe.budgets, drop_max)], recipe.search.keep)
+
+
+def front(found: Sequence[Trial], most: int | None = None) -> tuple[Trial, ...]:
+    """Of each backend at most so many trials that none beats in loss, time and size."""
     kept: list[Trial] = []
     for backend in dict.fromkeys(one.variant.backend for one in found):
-        mine = [one for one in found if one.variant.backend == backend]
-        mine = [one for one in mine if fits(one, recipe.budgets, drop_max)]
-        points = [_costs(one) for one in mine]
-        front = pareto.thinned(points, MARGINS)
-        kept += [mine[index] for index in pareto.by_turns(points, front)[: recipe.search.keep]]
+        mine = [
+            one for one in found if one.variant.backend == backend and one.found and not one.refusal
+        ]
+        points = [costs(one) for one in mine]
+        thin = pareto.thinned(points, MARGINS)
+        kept += [mine[index] for index in pareto.by_turns(points, thin)[:most]]
     return tuple(sorted(kept, key=lambda one: one.number))
 
 
@@ -413,7 +419,8 @@ def fits(one: Trial, budgets: Budgets, drop_max: float) -> bool:
     return fast and small and one.found.loss <= drop_max
 
 
-def _costs(one: Trial) -> pareto.Costs:
+def costs(one: Trial) -> pareto.Costs:
+    """(loss, time, size) of a trial that was measured."""
     assert one.found is not None
     return one.found.loss, one.time, float(one.found.size_bytes)
 

@@ -201,8 +201,8 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known: dict[str, Trial] = {}
-        whole = self._read()
+        found, whole = _whole_lines(path)
+        self._known = {one.key: one for one in found}
         if path.exists() and whole != path.stat().st_size:
             with path.open("r+b") as file:
                 file.truncate(whole)
@@ -219,18 +219,24 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _read(self) -> int:
-        """Take in all lines that are whole; the number of bytes up to the first that is not."""
-        if not self.path.exists():
-            return 0
-        whole = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            try:
-                trial = msgspec.json.decode(line, type=Trial)
-            except msgspec.DecodeError:
-                break
-            if not line.endswith(b"\n"):
-                break
-            self._known[trial.key] = trial
-            whole += len(line)
-        return whole
+
+def read(path: Path) -> list[Trial]:
+    """The trials of a journal, in their order; one that is being written is left as it is."""
+    last = {one.key: one for one in _whole_lines(path)[0]}
+    return sorted(last.values(), key=lambda one: one.number)
+
+
+def _whole_lines(path: Path) -> tuple[list[Trial], int]:
+    """All trials up to the first line that is not whole, and how many bytes they take."""
+    found: list[Trial] = []
+    whole = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            trial = msgspec.json.decode(line, type=Trial)
+        except msgspec.DecodeError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        found.append(trial)
+        whole += len(line)
+    return found, whole

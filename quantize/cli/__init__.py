@@ -27,6 +27,7 @@ COMMANDS = (
     "quantize.cli.making",
     "quantize.cli.starting",
     "quantize.cli.sensitivity",
+    "quantize.cli.trials",
     "quantize.cli.comparing",
     "quantize.cli.reporting",
 )

@@ -14,7 +14,7 @@ from edge_runtime.backends import backend
 from edge_runtime.bundle import archive
 from quantize import cli, executors, kernels, moves, search
 from quantize.moves import Facts
-from quantize.recipe import Data, Recipe, Search, Variant
+from quantize.recipe import Calibration, Data, Recipe, Search, Variant
 from quantize.search import Searched
 from quantize.trials import Found, Journal, Trial
 from tests.quantize.inline import Cut, InlineExecutor
@@ -41,6 +41,7 @@ def recipe(data: Path, **limits: object) -> Recipe:
         str(MODEL),
         Data(str(data)),
         seed=3,
+        calibration=Calibration(samples=32),
         variants=(Variant("fp32"),),
         search=msgspec.convert(told, Search),
     )
@@ -78,23 +79,35 @@ def test_it_begins_with_the_single_settings_and_goes_on_from_the_best(whole: Sea
     assert {one.name for one in whole.layers} >= {"/0/Conv", "/3/Conv", "/18/Gemm"}
 
 
-def test_no_single_setting_beats_the_front_that_is_kept(whole: Searched) -> None:
-    single = [one for one in whole.trials if one.why.startswith("onnxruntime ") and one.found]
-    everything = search.chosen(
-        whole.trials, msgspec.structs.replace(recipe(Path(), keep=32)), drop_max=1.0
-    )
-    assert everything
+def test_no_single_setting_beats_the_front(whole: Searched) -> None:
+    front = [search.costs(one) for one in search.front(whole.trials)]
+    single = [one for one in whole.trials if one.why.startswith("onnxruntime ") and one.time]
+    assert len(single) >= 8
     for one in single:
-        assert one.found is not None
-        if not search.fits(one, recipe(Path()).budgets, 1.0):
-            continue
+        loss, time, size = search.costs(one)
         assert any(
-            other.found is not None
-            and other.found.loss <= one.found.loss
-            and other.time <= one.time * (1 + search.MARGINS[1])
-            and other.found.size_bytes <= one.found.size_bytes * (1 + search.MARGINS[2])
-            for other in everything
+            a <= loss
+            and b <= time * (1 + search.MARGINS[1])
+            and c <= size * (1 + search.MARGINS[2])
+            for a, b, c in front
         )
+
+
+def test_trials_shows_what_was_tried_and_what_is_on_the_front(
+    whole: Searched, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = Journal(tmp_path / search.JOURNAL)
+    for one in whole.trials:
+        journal.add(one)
+    lost = msgspec.structs.replace(whole.trials[0], key="k", number=99, found=None, refusal="gone")
+    journal.add(lost)
+    assert cli.main(["trials", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "s01-int8-minmax" in text and "front" in text and "gone" in text
+    assert cli.main(["trials", str(tmp_path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["trials"]) == 21 and 0 < len(said["front"]) <= 20
+    assert cli.main(["trials", str(tmp_path / "none")]) == 3
 
 
 def test_one_that_was_cut_off_goes_on_and_ends_as_if_it_had_not_been(
