@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import msgspec
 
 from edge_runtime.errors import EdgeError, UsageError
+from edge_runtime.serving import sandbox
 
 # A job that dies so often is its own fault, not the machine's: a library that crashes on a model.
 ATTEMPTS_MAX = 3
@@ -223,6 +225,7 @@ def executor(name: str, workers: int = 0) -> Executor:
 
 
 def _main() -> None:
+    sandbox.die_with_parent(signal.SIGKILL)
     out = Path(sys.argv[1])
     draft = out.with_suffix(".draft")
     draft.write_bytes(call_json(sys.stdin.buffer.read()))

@@ -9,6 +9,7 @@ a noisy machine hit all variants alike; what is compared are medians of the same
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import numpy as np
 from edge_runtime import tensors
 from edge_runtime.backends import backend
 from edge_runtime.errors import EdgeError, ModelError
+from edge_runtime.serving import sandbox
 from edge_runtime.tensors import TensorSpec
 
 Array = np.ndarray[Any, Any]
@@ -195,5 +197,6 @@ def _timed(rounds: list[list[float]], load_ms: float, version: str) -> dict[str,
 
 
 if __name__ == "__main__":
+    sandbox.die_with_parent(signal.SIGKILL)
     result = _run(msgspec.json.decode(sys.stdin.buffer.read(), type=Order))
     print(json.dumps(result))

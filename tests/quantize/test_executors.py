@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,9 +75,9 @@ def test_a_job_that_hangs_is_ended(executor: Executor, tmp_path: Path) -> None:
     done = one(executor, job("hang", pid=str(started)), job_s_max=5.0)
     assert done.said.refusal == "took longer than 5 s"
     pid, until_s = int(started.read_text()), time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < until_s:
+    while running(pid) and time.monotonic() < until_s:
         os.sched_yield()
-    assert not Path(f"/proc/{pid}").exists()
+    assert not running(pid)
 
 
 def test_jobs_that_may_not_begin_are_left_out(executor: Executor) -> None:
@@ -94,6 +96,36 @@ def test_closing_ends_what_runs(tmp_path: Path) -> None:
             executor.wait(0.05)
         pid = int(started.read_text())
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_job_dies_with_who_asked_for_it(tmp_path: Path) -> None:
+    started = tmp_path / "pid"
+    code = (
+        "from quantize import executors\n"
+        f"job = executors.Job('k', 'tests.quantize.jobs:hang', {{'pid': {str(started)!r}}})\n"
+        "executor = executors.LocalExecutor(1)\n"
+        "executor.submit(job)\n"
+        "executor.wait(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    until_s = time.monotonic() + 30
+    while not (started.exists() and started.read_text()) and time.monotonic() < until_s:
+        time.sleep(0.01)
+    job = int(started.read_text())
+    parent.kill()
+    parent.wait()
+    while running(job) and time.monotonic() < until_s:
+        os.sched_yield()
+    assert not running(job)
+
+
+def running(pid: int) -> bool:
+    """Not gone, and not waiting to be buried."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
 
 
 def test_an_unknown_executor_is_a_usage_error() -> None:
