@@ -18,13 +18,14 @@ from edge_runtime.daemon.trial import check_share
 from edge_runtime.errors import ConflictError, EdgeError, NotFoundError, RequestError
 from edge_runtime.metrics import CONTENT_TYPE
 from edge_runtime.serving import page
+from edge_runtime.store import Switch
 
 if TYPE_CHECKING:
     from edge_runtime.daemon.control import Command, Say
     from edge_runtime.daemon.deployment import Change
     from edge_runtime.daemon.processes import WorkerProcess
     from edge_runtime.daemon.supervisor import Supervisor
-    from edge_runtime.store import Generation, Store, Switch
+    from edge_runtime.store import Freed, Generation, Store
 
 T = TypeVar("T", bound=msgspec.Struct)
 # Events that concern every model: part of each one's story.
@@ -132,7 +133,7 @@ class Commands:
             change = await deployment.activate(generation, "installed and activated")
             answer |= _describe_change(generation.name, change) | {"activated": True}
         if not daemon.shelf.changing:  # else whoever installs now does it: no wait for that
-            freed = await daemon.shelf.call(lambda store: store.collect_garbage())
+            freed = await daemon.shelf.call(self._collect_garbage)
             if freed.size_bytes:
                 daemon.events.emit(
                     "garbage_collected", f"{freed.size_bytes} bytes", freed_bytes=freed.size_bytes
@@ -268,7 +269,7 @@ class Commands:
     async def gc(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
         """Delete what nothing needs, and the oldest versions over the byte budget."""
         _arguments(given, NoArguments)
-        freed = await self._daemon.shelf.call(lambda store: store.collect_garbage())
+        freed = await self._daemon.shelf.call(self._collect_garbage)
         await self._daemon.forget_removed()
         return {
             "freed_bytes": freed.size_bytes,
@@ -276,6 +277,11 @@ class Commands:
             "removed": [f"{one.name}@{one.version}" for one in freed.generations],
             "held_back": freed.held_back,
         }
+
+    def _collect_garbage(self, store: Store) -> Freed:
+        """In the store's thread. What is being loaded or tried stays: it may be activated next."""
+        every = self._daemon.deployments()
+        return store.collect_garbage(keep={one.name: one.in_use() for one in every})
 
     async def models(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
         """Every installed model with its state and versions."""
@@ -291,13 +297,16 @@ class Commands:
     async def _stored(self, name: str) -> tuple[str, tuple[Generation, ...], Switch]:
         shelf = self._daemon.shelf
         installed = await shelf.read(lambda store: store.generations(name))
-        return name, installed, await shelf.read(lambda store: store.current(name))
+        try:
+            return name, installed, await shelf.read(lambda store: store.current(name))
+        except EdgeError:  # removed just now, or its record cannot be read, which its state says
+            return name, installed, Switch(name)
 
     def _described(
         self, name: str, installed: tuple[Generation, ...], switch: Switch
     ) -> dict[str, Any]:
         by_number = {one.number: one for one in installed}
-        described = self._daemon.deployment(name).describe()
+        described = self._daemon.known(name).describe()
         for key, number in (("active", switch.active), ("previous", switch.previous)):
             generation = by_number.get(number) if number is not None else None
             if generation is not None and not described.get(key):
@@ -372,9 +381,12 @@ class Commands:
         arguments = _arguments(given, StatusArguments)
         daemon, buckets = self._daemon, arguments.buckets
         document = await exposition.daemon_document(daemon)
+        stored = [await self._stored(name) for name in daemon.models()]
+        known = set(daemon.models())
         document["models"] = [
-            await self._model(name) | exposition.model_document(daemon, name, buckets=buckets)
-            for name in daemon.models()
+            self._described(*one) | exposition.model_document(daemon, one[0], buckets=buckets)
+            for one in stored
+            if one[0] in known
         ]
         return document | {"now_ns": daemon.clock.monotonic_ns()}
 

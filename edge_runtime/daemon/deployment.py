@@ -33,6 +33,8 @@ from edge_runtime.serving import health, standing
 from edge_runtime.serving.health import Cause, Death
 from edge_runtime.store import Generation, Store, Switch
 
+# A variant that had no room, or failed, may be fit later: heat and want of memory come together.
+FIT_AGAIN_S = 60.0
 # How many deaths are remembered: more than any sensible deaths_max.
 DEATHS_KEPT = 1000
 
@@ -73,7 +75,9 @@ class Deployment:
         self._deaths_ns: list[int] = []
         self._recovery: asyncio.Task[Any] | None = None
         self._reselection: asyncio.Task[Any] | None = None
+        self._slimmed = False  # `slim` wanted something, once
         self._fitted: tuple[WorkerProcess, bool] | None = None  # seen by `slim`, and what it wanted
+        self._fit_again_ns = 0  # when to try that again; 0: not
         self._switching: asyncio.Task[Any] | None = None  # between disk and memory just now
         self._closing = False
 
@@ -168,8 +172,7 @@ class Deployment:
         """The daemon stops: answer what is in flight, end the workers, change nothing on disk."""
         self._closing = True
         self._cancel_recovery()
-        if self._reselection is not None:
-            self._reselection.cancel()
+        self._cancel_reselection()
         workers = [worker for worker, _ in self.workers()]
         self._candidates.end("the daemon stops")
         self._crew.worker = self._crew.warm = None
@@ -226,6 +229,10 @@ class Deployment:
         return self._crew.depart(
             leaving, "previous_unloaded", "the previous version gave its memory up"
         )
+
+    def in_use(self) -> set[int]:
+        """The generations of its workers, also of those that are being loaded."""
+        return {worker.spec.generation for worker in self._crew.living()}
 
     def residents(self, newcomer: str = "") -> list[Resident]:
         """Its workers with their memory, as they concern a load of the model `newcomer`."""
@@ -288,16 +295,20 @@ class Deployment:
 
     @contextlib.asynccontextmanager
     async def _superseding(self) -> AsyncIterator[None]:
-        """The lock, at once: a recovery under way, however slow its load, makes way for a command.
+        """The lock, at once: a recovery or selection under way, however slow its loads, makes way
+        for a command.
 
-        If the command fails, the recovery starts again.
+        If the command fails, they start again.
         """
+        stopped = self._cancel_reselection()
         if self.active is not None:
             self._cancel_recovery()
         async with self._lock:
             try:
                 yield
             except EdgeError:
+                if stopped:
+                    self._reselect_if_due()
                 recovers = self._recovery is not None and not self._recovery.done()
                 missing = self.worker is None and self.state != "idle"
                 if self.active is not None and missing and not recovers:
@@ -430,18 +441,22 @@ class Deployment:
 
     def slim(self, wanted: bool) -> None:
         """Serve through the next smaller variant, or through the best again. May be called at any
-        time: loads do so at once, and what serves is replaced a moment later, tried once a worker.
+        time: loads do so at once, and what serves is replaced a moment later; what did not succeed
+        is tried again after FIT_AGAIN_S.
         """
         self._selector.slim = wanted
+        self._slimmed = self._slimmed or wanted
         worker = self.worker
-        if worker is None or not worker.serving or self.busy or self._fitted == (worker, wanted):
+        if worker is None or not worker.serving or self.busy or not self._slimmed:
             return
-        if wanted or self._fitted is not None:
-            self._fitted = worker, wanted
+        again = 0 < self._fit_again_ns <= self._clock.monotonic_ns()
+        if again or self._fitted != (worker, wanted):
+            self._fitted, self._fit_again_ns = (worker, wanted), 0
             self._crew.spawn(self._fit())
 
     async def _fit(self) -> None:
         """Have the variant serve that is to serve now. Never raises: what serves goes on."""
+        again_ns = self._clock.monotonic_ns() + round(FIT_AGAIN_S * 1e9)
         try:
             async with self._lock:
                 generation, old = self.active, self.worker
@@ -451,21 +466,27 @@ class Deployment:
                     return
                 worker = await self._selector.worker(generation, asked=False)
                 if self.worker is not old or worker.spec.variant == old.spec.variant:
+                    self._fit_again_ns = again_ns
                     await self._crew.stop(worker)  # it died meanwhile, or no other one is fit
                     return
                 weather = "hot" if self._selector.slim else "cool again"
                 await self._replace(old, worker, f"the device is {weather}")
         except EdgeError as error:
+            self._fit_again_ns = again_ns
             self._parts.emit("variant_not_changed", str(error), level="warning", code=error.code)
 
     async def _replace(self, old: WorkerProcess, worker: WorkerProcess, reason: str) -> None:
         """The flip between variants of the same generation; nothing changes on disk."""
-        self._crew.worker = worker
-        self.state, self.reason = "ready", reason
-        self._cancel_recovery()  # of the old one, if it has died meanwhile
-        self._candidates.introduce()
-        moved = await self._crew.hand_back(old)
-        await self._crew.stop(old)
+        self._switching = asyncio.current_task()
+        try:
+            self._crew.worker = worker
+            self.state, self.reason = "ready", reason
+            self._cancel_recovery()  # of the old one, if it has died meanwhile
+            self._candidates.introduce()
+            moved = await self._crew.hand_back(old)
+            await self._crew.stop(old)
+        finally:
+            self._switching = None
         self._seated(worker)
         self._parts.emit(
             "variant_changed",
@@ -687,6 +708,11 @@ class Deployment:
         if not keep_reason:
             self.reason = str(error)
             self._parts.emit("model_failed", str(error), level="error", code=error.code)
+
+    def _cancel_reselection(self) -> bool:
+        """But for one that switches already, unless the daemon stops; whether there was one."""
+        task, spared = self._reselection, None if self._closing else self._switching
+        return task is not None and task is not spared and task.cancel()
 
     def _cancel_recovery(self) -> None:
         """But for one that switches already, unless the daemon stops."""

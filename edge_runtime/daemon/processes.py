@@ -601,8 +601,16 @@ class Template:
             raise UnavailableError(f"the {self.backend} template is gone")
         worker.phase = "fork"
         # Not wait_for: Python 3.11's loses a cancellation that comes together with the result.
-        async with asyncio.timeout(FORK_S_MAX):
-            await order
+        try:
+            async with asyncio.timeout(FORK_S_MAX):
+                await order
+        except TimeoutError:  # the next load shall find a new process, not this one
+            if self.alive:
+                os.kill(self.pid, signal.SIGKILL)
+            raise BackendError(
+                f"the {self.backend} template did not fork within {FORK_S_MAX:g} s",
+                where=self.backend,
+            ) from None
 
     async def stop(self, grace_s: float) -> None:
         """End the process."""

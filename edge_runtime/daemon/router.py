@@ -508,6 +508,8 @@ class Router:
         if self._visitors.pop(fd, None) is not None:
             self._loop.remove_reader(fd)
             self._visitors_of[visitor.peer.uid] -= 1
+            if not self._visitors_of[visitor.peer.uid]:
+                del self._visitors_of[visitor.peer.uid]
         self._wait_no_more(visitor)
 
     def _drop(self, visitor: Visitor) -> None:

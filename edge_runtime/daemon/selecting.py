@@ -20,7 +20,7 @@ from edge_runtime.daemon.crew import Crew
 from edge_runtime.daemon.loading import Loader
 from edge_runtime.daemon.parts import Parts
 from edge_runtime.daemon.processes import WorkerProcess
-from edge_runtime.errors import EdgeError, GoldenError
+from edge_runtime.errors import EdgeError, GoldenError, ModelError
 from edge_runtime.serving import governing, standing
 from edge_runtime.serving.health import Cause
 from edge_runtime.store import Generation
@@ -133,6 +133,8 @@ class Selector:
         if why:
             return await self._choose(generation, manifest, asked, hurry, why)
         variants = self._in_order(await self.decision(generation.number), manifest)
+        if not variants:
+            raise self._unfit(generation, manifest)
         return await self._loader.load(generation, manifest, variants, asked, self._note_refusal)
 
     async def first(self, generation: Generation) -> str:
@@ -155,6 +157,14 @@ class Selector:
             sizes = {name: one.artifact.size for name, one in by_name.items()}
             names = governing.slimmed(names, sizes, slower)
         return [by_name[name] for name in names]
+
+    def _unfit(self, generation: Generation, manifest: Manifest) -> ModelError:
+        reasons = "; ".join(
+            f"{one.variant.name}: {one.skipped}" for one in self._candidates(manifest)
+        )
+        return ModelError(
+            f"no variant of {generation.name}@{generation.version} can run here: {reasons}"
+        )
 
     def _candidates(self, manifest: Manifest) -> tuple[Candidate, ...]:
         from edge_runtime.serving import selection  # only where there is something to choose
@@ -187,7 +197,7 @@ class Selector:
             variant=variant,
             cause=str(cause),
         )
-        self._crew.spawn(self._keep(decision))
+        self._crew.spawn(self._keep(number))
 
     def _note_refusal(self, generation: Generation, variant: Variant, error: EdgeError) -> None:
         """A variant that gave right answers when it was decided, and now does not."""
@@ -197,8 +207,10 @@ class Selector:
         if isinstance(error, GoldenError):
             self.leave(generation.number, variant.name, str(error), Cause.GOLDEN)
 
-    async def _keep(self, decision: Decision) -> None:
-        self._known[decision.generation] = decision
+    async def _keep(self, number: int) -> None:
+        """Store what is decided about a generation now."""
+        decision = self._known[number]
+        assert decision is not None
         try:
             await self._parts.shelf.switch(lambda store: store.keep_decision(decision))
         except EdgeError as error:
@@ -206,7 +218,7 @@ class Selector:
                 "decision_not_stored",
                 f"what was decided is used, and found out again after a restart: {error}",
                 level="warning",
-                generation=decision.generation,
+                generation=number,
             )
 
     # -- deciding ----------------------------------------------------------------------------------
@@ -221,17 +233,18 @@ class Selector:
         tryout = Tryout(self._parts, self._crew, self._loader, generation, manifest, hurry)
         try:
             worker, decision = await tryout.decide(self._candidates(manifest), asked)
+            decision = msgspec.structs.replace(
+                decision,
+                # One made in a hurry rests on nothing: the next occasion makes it again.
+                fingerprint={} if tryout.hurried else self._fingerprint(generation, manifest),
+                decided_wall_s=self._parts.clock.wall_s(),
+                took_s=round((self._parts.clock.monotonic_ns() - began_ns) / 1e9, 3),
+            )
+            self._known[generation.number] = decision
+            await self._keep(generation.number)
         except BaseException:
             tryout.kill_all()
             raise
-        decision = msgspec.structs.replace(
-            decision,
-            # One made in a hurry rests on nothing: the next occasion makes it again.
-            fingerprint={} if tryout.hurried else self._fingerprint(generation, manifest),
-            decided_wall_s=self._parts.clock.wall_s(),
-            took_s=round((self._parts.clock.monotonic_ns() - began_ns) / 1e9, 3),
-        )
-        await self._keep(decision)
         chosen = next(one for one in decision.tried if one.variant == worker.spec.variant)
         self._parts.emit(
             "variant_selected",

@@ -14,7 +14,7 @@ The layout on disk is in docs/store.md.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -548,7 +548,9 @@ class Store:
         generations.check_removable(self._disk.switch(name), generation)
         return self._count(removal.drop(self._disk, self._disk.survey(), (generation,)))
 
-    def collect_garbage(self, byte_budget: int | None = None) -> Freed:
+    def collect_garbage(
+        self, byte_budget: int | None = None, keep: Mapping[str, Container[int]] | None = None
+    ) -> Freed:
         """Drop what the budget has no room for, oldest first, then blobs that nothing names.
 
         Also what failed calls could not clear away.
@@ -557,6 +559,7 @@ class Store:
 
         Args:
             byte_budget: instead of the store's own.
+            keep: by model name, numbers of generations that stay as well.
 
         Raises:
             StorageError: a step failed; what was dropped until then stays dropped.
@@ -568,7 +571,7 @@ class Store:
         strays = self._count(removal.drop_blobs(self._disk, survey))
         budget = self._byte_budget if byte_budget is None else byte_budget
         switches = {name: self._disk.switch(name) for name in self._disk.names()}
-        doomed = generations.garbage(survey.generations, switches, budget)
+        doomed = generations.garbage(survey.generations, switches, budget, keep or {})
         freed = self._count(removal.drop(self._disk, survey, doomed))
         return removal.together(strays, freed)
 

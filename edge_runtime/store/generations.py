@@ -11,7 +11,8 @@ No rule depends on a wall clock: devices boot in 1970. Order is counted (`number
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
@@ -242,7 +243,10 @@ def used_bytes(known: Iterable[Generation]) -> int:
 
 
 def garbage(
-    known: Sequence[Generation], switches: dict[str, Switch], byte_budget: int | None
+    known: Sequence[Generation],
+    switches: dict[str, Switch],
+    byte_budget: int | None,
+    keep: Mapping[str, Container[int]] = MappingProxyType({}),
 ) -> tuple[Generation, ...]:
     """The generations to drop, oldest first, until the rest fits the budget.
 
@@ -252,6 +256,7 @@ def garbage(
         known: every installed generation.
         switches: by model name; a model without one has nothing active.
         byte_budget: bytes for all generations together; None: no limit, nothing is dropped.
+        keep: by model name, numbers of generations that stay as well.
     """
     if byte_budget is None:
         return ()
@@ -261,7 +266,8 @@ def garbage(
         if used_bytes(kept) <= byte_budget:
             break
         switch = switches.get(generation.name)
-        if switch is None or not is_protected(switch, generation.number):
+        used = generation.number in keep.get(generation.name, ())
+        if not used and (switch is None or not is_protected(switch, generation.number)):
             kept.remove(generation)
             dropped.append(generation)
     return tuple(dropped)

@@ -138,3 +138,33 @@ def test_a_version_whose_record_has_rotted_leaves_the_place_to_the_previous_one(
 def workers(daemon: Daemon) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = daemon.control("ps")["workers"]
     return found
+
+
+def test_a_command_does_not_wait_for_a_selection_in_the_background(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    daemon = make_daemon({"selection": {"policy": "off"}}).start()
+    slow = [(label, {"run_ms": 150}) for label in ("a", "b")]
+    daemon.add("chooser", 1, golden_off=0.0, variants=slow)
+    daemon.stop()
+    policy = {"policy": "latency", "time_max_s": 60.0}
+    again = make_daemon({"selection": policy}, state_dir=daemon.state_dir).start()
+    until(lambda: len(again.events("worker_ready", model="chooser")) == 3, "a selection")
+    assert again.control("unload", name="chooser")["version"] == 1
+    until(lambda: len(again.relatives()) == 2, "the end of all workers")
+    assert not again.events("variant_selected")
+    again.stop()
+
+
+def test_the_collection_of_garbage_spares_the_candidate(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    first = make_daemon().start()
+    two_versions(first, "tried")
+    first.stop()
+    daemon = make_daemon({"store": {"byte_budget": 1}}, state_dir=first.state_dir).start()
+    until(lambda: daemon.ready("tried"))
+    daemon.control("shadow", name="tried", version=2)
+    daemon.control("gc")
+    assert daemon.model("tried")["installed"] == [1, 2]
+    assert daemon.control("promote", name="tried")["version"] == 2
