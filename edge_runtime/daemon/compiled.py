@@ -139,10 +139,13 @@ def _is_installed(store: Store, artifact_sha256: str) -> bool:
 
 
 def _chunks(fd: int, size: int) -> Iterator[bytes]:
-    """The first `size` bytes of a memfd. Raises: StorageError when it has fewer."""
+    """The first `size` bytes of a memfd. Raises: StorageError: it has fewer, or is something else."""
     offset = 0
     while offset < size:
-        chunk = os.pread(fd, min(CHUNK_BYTES, size - offset), offset)
+        try:
+            chunk = os.pread(fd, min(CHUNK_BYTES, size - offset), offset)
+        except OSError as e:
+            raise StorageError(f"it cannot be read: {e.strerror}") from e
         if not chunk:
             raise StorageError(f"it has {offset} bytes instead of {size}")
         yield chunk

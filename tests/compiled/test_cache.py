@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_runtime.daemon import compiled as kept
+from edge_runtime.errors import StorageError
 from edge_runtime.serving import channel, compiled
 
 KEY, BLOB = '{"library": "1"}', bytes(range(256))
@@ -54,6 +57,16 @@ def test_what_is_put_goes_to_the_supervisor_as_a_memfd(tmp_path: Path):
     ours.close()
     theirs.close()
     compiled.Cache(tmp_path, ours).put(KEY, BLOB)  # nobody is there to keep it: no error
+
+
+def test_a_descriptor_that_is_no_file_is_refused_like_one_that_is_too_short():
+    ends = os.pipe()
+    try:
+        with pytest.raises(StorageError):
+            list(kept._chunks(ends[0], 10))
+    finally:
+        for fd in ends:
+            os.close(fd)
 
 
 def test_a_name_is_a_name_and_no_path():
