@@ -139,7 +139,7 @@ def _is_installed(store: Store, artifact_sha256: str) -> bool:
 
 
 def _chunks(fd: int, size: int) -> Iterator[bytes]:
-    """The first `size` bytes of a memfd. Raises: StorageError: it has fewer, or is something else."""
+    """The first `size` bytes of a memfd. Raises: StorageError: it has fewer, or is no file."""
     offset = 0
     while offset < size:
         try:
