@@ -82,7 +82,8 @@ def module_of(model: Any) -> Any:
             f"operators that cannot be trained here: {', '.join(unknown)}",
             where="fine_tune",
             expected="a graph of " + ", ".join(sorted(torch_rules.RULES)),
-            remedy="train with your own code, and begin the recipe with its result",
+            remedy="put the pass `clean` before it: it folds what an export computes; or train with"
+            " your own code, and begin the recipe with its result",
         )
     onnx_door.lift_constants(model)
     return _graph_class()(model, nodes)
