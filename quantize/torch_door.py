@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import io
 from collections.abc import Callable, Iterator
@@ -33,6 +34,13 @@ def library() -> Any:
 
 def version() -> str:
     return str(library().__version__)
+
+
+def code_sha256(train: str) -> str:
+    """Of the file of `module:function`. Raises: UsageError if Python does not find it."""
+    code = getattr(_function(train), "__code__", None)
+    path = Path(code.co_filename) if code else None
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else ""
 
 
 def fine_tune(source: Path, out: Path, train: str, seed: int, say: Say) -> None:

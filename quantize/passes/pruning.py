@@ -1,8 +1,8 @@
 """Pruning: fewer channels, or more zeros.
 
 Law of this file: options with their reasons; the work is in `quantize.pruning`. A pruned model
-answers worse until it is trained again (the pass `fine_tune`; examples/fashion_mnist/retrain.py shows
-how), and a recipe that only prunes is judged like any other.
+answers worse until it is trained again (the pass `fine_tune`; examples/fashion_mnist/retrain.py
+shows how), and a recipe that only prunes is judged like any other.
 """
 
 from __future__ import annotations

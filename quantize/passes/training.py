@@ -20,7 +20,7 @@ class FineTune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         train: the function. round: part of the name of the result: another number trains anew where
-            the function changed and its name did not.
+            something changed that neither recipe nor the function's own file shows (its data).
     """
 
     train: str
@@ -39,4 +39,5 @@ class FineTune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         torch_door.fine_tune(source, out, self.train, bench.seed, bench.say)
 
     def versions(self) -> dict[str, str]:
-        return {"torch": torch_door.version()}
+        """torch, and the file of the function: a result of other code is not taken again."""
+        return {"torch": torch_door.version(), self.train: torch_door.code_sha256(self.train)}

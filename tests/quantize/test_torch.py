@@ -410,3 +410,15 @@ def test_a_training_that_fails_is_our_error_and_writes_nothing(
 def test_a_function_that_is_none_is_a_usage_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         tuned(name, MODEL, tmp_path / "x.onnx")
+
+
+def test_a_result_of_other_code_is_not_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "changing", raising=False)
+    how = passes.decode({"use": "fine_tune", "train": "changing:train"}, "passes[0]")
+    (tmp_path / "changing.py").write_text("def train(model, seed): ...\n")
+    first = how.versions()
+    (tmp_path / "changing.py").write_text("def train(model, seed): print(seed)\n")
+    assert how.versions() != first
