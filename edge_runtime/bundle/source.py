@@ -7,13 +7,13 @@ file that shrinks while it is read gives an error, never short data.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from edge_runtime import digests
 from edge_runtime.errors import BundleError, NotFoundError, StorageError
 
 CHUNK_BYTES = 1024 * 1024  # large enough for the disk, small beside a worker
@@ -70,7 +70,7 @@ class Source:
         Raises:
             BundleError: the bytes have another sha256.
         """
-        digest = hashlib.sha256()
+        digest = digests.sha256(self.size)
         held: bytes | None = None
         for chunk in self.chunks():
             if held is not None:
@@ -89,7 +89,7 @@ class Source:
 
     def sha256(self) -> str:
         """Hash of all bytes, as 64 hex digits."""
-        digest = hashlib.sha256()
+        digest = digests.sha256(self.size)
         for chunk in self.chunks():
             digest.update(chunk)
         return digest.hexdigest()

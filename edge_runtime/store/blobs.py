@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from edge_runtime import digests
 from edge_runtime.errors import BundleError, NotFoundError, StorageError, UnavailableError
 from edge_runtime.files import Files, discard, temporary
 from edge_runtime.store import generations
@@ -67,7 +68,7 @@ class Blobs:
     def is_intact(self, blob: BlobRef, advance: Advance = ignore) -> bool:
         """Whether the blob is there and its bytes hash to its name."""
         try:
-            return self._digest(self.path(blob.sha256), advance) == (blob.sha256, blob.size_bytes)
+            return self._has(self.path(blob.sha256), blob, advance)
         except NotFoundError:
             return False
 
@@ -84,7 +85,7 @@ class Blobs:
         try:
             self._files.write(prepared, _checked(blob, self._until_interrupted(chunks), advance))
             self._files.sync(prepared)
-            if self._digest(prepared, ignore) != (blob.sha256, blob.size_bytes):
+            if not self._has(prepared, blob, ignore):
                 raise StorageError(
                     "read back other bytes than were written",
                     where=str(prepared),
@@ -107,16 +108,15 @@ class Blobs:
         """Every blob's name is on the medium."""
         self._files.sync_directory(self.directory)
 
-    def _digest(self, path: Path, advance: Advance) -> tuple[str, int]:
-        import hashlib  # libcrypto: quick, and large: see digests
-
-        hasher = hashlib.sha256()
+    def _has(self, path: Path, blob: BlobRef, advance: Advance) -> bool:
+        """Whether a file has a blob's bytes."""
+        hasher = digests.sha256(blob.size_bytes)
         size_bytes = 0
         for chunk in self._until_interrupted(self._files.chunks(path)):
             hasher.update(chunk)
             size_bytes += len(chunk)
             advance(len(chunk))
-        return hasher.hexdigest(), size_bytes
+        return (hasher.hexdigest(), size_bytes) == (blob.sha256, blob.size_bytes)
 
     def _until_interrupted(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
@@ -127,9 +127,7 @@ class Blobs:
 
 def _checked(blob: BlobRef, chunks: Iterable[bytes], advance: Advance) -> Iterator[bytes]:
     """The chunks again, hashed on the way; endless and short data end in a BundleError."""
-    import hashlib  # libcrypto: quick, and large: see digests
-
-    hasher = hashlib.sha256()
+    hasher = digests.sha256(blob.size_bytes)
     size_bytes = 0
     for chunk in chunks:
         size_bytes += len(chunk)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,3 +21,22 @@ def test_sha256_is_hashlibs(data: bytes) -> None:
 def test_blake2b_is_hashlibs_keyed_or_not(data: bytes, size: int, key: bytes) -> None:
     wanted = hashlib.blake2b(data, digest_size=size, key=key).digest()
     assert digests.blake2b(data, size, key) == wanted
+
+
+@pytest.mark.parametrize("size", [0, 1, digests.PIECE_BYTES, 3 * digests.PIECE_BYTES + 5])
+def test_a_running_sha256_is_hashlibs_with_and_without_it(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    data = bytes(range(256)) * (size // 256 + 1)
+    data, wanted = data[:size], hashlib.sha256(data[:size]).hexdigest()
+    kinds = []
+    for absent in (False, True):
+        if absent:
+            monkeypatch.delitem(sys.modules, "hashlib")
+        hasher = digests.sha256(size)
+        hasher.update(data[: size // 2])
+        hasher.update(data[size // 2 :])
+        assert hasher.hexdigest() == wanted
+        kinds.append(type(hasher))
+    assert kinds[0] is not kinds[1]
+    assert isinstance(digests.sha256(digests.LARGE_BYTES), kinds[0])
