@@ -93,6 +93,24 @@ def _signed_activations(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iter
         )
 
 
+def _wide_activations(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iterator[str]:
+    """16-bit activations: backends convert them and compute in float."""
+    proto = onnx_door.library().TensorProto
+    wide = {
+        item.name for item in graph.initializer if item.data_type in (proto.UINT16, proto.INT16)
+    }
+    count = sum(
+        1
+        for node in graph.node
+        if node.op_type == "QuantizeLinear" and len(node.input) > 2 and node.input[2] in wide
+    )
+    if count:
+        yield (
+            f"slower: {count} tensors are quantized to 16 bits, for which there is no integer"
+            " kernel: each is converted and computed in float"
+        )
+
+
 def _unfused_pairs(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iterator[str]:
     """Pairs around operators that have no integer kernel are computed, not fused away."""
     if not kinds["QuantizeLinear"]:
@@ -134,7 +152,7 @@ def _float_left(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iterator[str
 
 def _weights_only(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iterator[str]:
     if kinds["DequantizeLinear"] and not kinds["QuantizeLinear"]:
-        yield "weights are stored in 8 bits and computed in float: a smaller file, not a faster run"
+        yield "slower: weights are stored in 8 bits and made float at each run: a smaller file only"
 
 
 def _zeros(one: Evaluated, graph: Any, kinds: Counter[str]) -> Iterator[str]:
@@ -173,6 +191,7 @@ _CAUSES: tuple[Callable[[Evaluated, Any, Counter[str]], Iterator[str]], ...] = (
     _no_dot_product,
     _dynamic_convolutions,
     _signed_activations,
+    _wide_activations,
     _unfused_pairs,
     _float_left,
     _weights_only,

@@ -184,7 +184,7 @@ def _answers(
 
 
 def _times(candidates: list[Candidate], data: Dataset) -> list[Timed]:
-    sample = {name: array[:1] for name, array in data.inputs.items()}
+    sample = next(datasets.batches(data.inputs, 1, candidates[0].inputs))
     jobs = [latency.Job(one.name, str(one.path), one.backend, one.options) for one in candidates]
     with tempfile.TemporaryDirectory() as folder:
         found = latency.measure(jobs, sample, Evaluation().rounds, Path(folder))

@@ -78,7 +78,7 @@ def load(data: Data, specs: tuple[TensorSpec, ...], path: str = "") -> Dataset:
 
     Args:
         specs: the model's inputs; a sample is what one of them is without its batch axis, or with
-            it when that is 1.
+            it when that is 1. Where the first axis is fixed to more (a state), a sample is all.
         path: another place than `data.path` (the calibration set).
 
     Raises:
@@ -149,11 +149,23 @@ def fingerprint(data: Dataset) -> dict[str, Any]:
     return {"samples": len(data), "sha256": digest.hexdigest(), "range": ranges}
 
 
-def batches(inputs: dict[str, Array], rows: int) -> Iterator[dict[str, Array]]:
-    """Consecutive samples, at most `rows` at a time."""
+def batches(
+    inputs: dict[str, Array], rows: int, specs: tuple[TensorSpec, ...]
+) -> Iterator[dict[str, Array]]:
+    """Consecutive samples, at most `rows` at a time, as a model with these inputs takes them."""
     count = len(next(iter(inputs.values())))
     for first in range(0, count, rows):
-        yield {name: array[first : first + rows] for name, array in inputs.items()}
+        part = {name: array[first : first + rows] for name, array in inputs.items()}
+        yield fed(part, specs)
+
+
+def fed(part: dict[str, Array], specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
+    """Samples as a run takes them: without the samples' axis where an input has none (a state)."""
+    ranks = {spec.name: len(spec.shape) for spec in specs}
+    return {
+        name: array[0] if array.ndim == ranks.get(name, array.ndim) + 1 else array
+        for name, array in part.items()
+    }
 
 
 # --- where they come from -------------------------------------------------------------------------
@@ -377,6 +389,8 @@ def _fit(array: Array, spec: TensorSpec, where: str) -> Array:
             remedy="export the model with such an axis; for a state, put the batch axis first",
         )
     one = spec.shape[1:]
+    if spec.shape and spec.shape[0] > 1:  # its first axis is no batch: a sample is all of it
+        one = spec.shape
     if not tensors.shape_matches(array.shape[1:], one):
         if tensors.shape_matches(array.shape[1:], spec.shape) and array.shape[1] == 1:
             return array[:, 0]  # each sample came with a batch axis of its own

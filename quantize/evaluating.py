@@ -19,7 +19,16 @@ import msgspec
 import numpy as np
 
 from edge_runtime.errors import EdgeError, ModelError
-from quantize import causes, latency, models, onnxruntime_door, scores, served, verdict
+from quantize import (
+    causes,
+    datasets,
+    latency,
+    models,
+    onnxruntime_door,
+    scores,
+    served,
+    verdict,
+)
 from quantize.building import Built
 from quantize.datasets import Dataset
 from quantize.latency import Timed
@@ -152,7 +161,7 @@ def _times(
     judge: Judge, built: Sequence[Built], answers: dict[str, Served | str], folder: Path
 ) -> dict[str, Timed | str]:
     """Of those that are served, and of the float model on every backend that one of them uses."""
-    sample = {name: array[:1] for name, array in judge.data.inputs.items()}
+    sample = next(datasets.batches(judge.data.inputs, 1, judge.source.inputs))
     served_ones = [one for one in built if isinstance(answers[one.variant.name], Served)]
     jobs = [_job(judge, one.variant, one.path) for one in served_ones]
     known = {one.variant.backend for one in served_ones if not one.variant.passes}

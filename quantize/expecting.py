@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edge_runtime.backends import backend
-from quantize import latency
+from quantize import datasets, latency
 from quantize.workflow import Prepared
 
 RUNS = 5
@@ -54,7 +54,7 @@ def _run_ms(ready: Prepared) -> float:
     """The median of RUNS runs at batch 1 after one that warms up."""
     variant = ready.chains[0].variant
     model = backend(variant.backend).load(ready.source.path, ready.judge.options(variant))
-    sample = {name: array[:1] for name, array in ready.split.evaluation.inputs.items()}
+    sample = next(datasets.batches(ready.split.evaluation.inputs, 1, ready.source.inputs))
     model.run(sample)
     times_ms = []
     for _ in range(RUNS):

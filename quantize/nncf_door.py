@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_runtime.errors import ModelError, UsageError
-from quantize import onnx_door
+from quantize import datasets, onnx_door
 from quantize.passes import Bench, Feeds
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def quantize(source: Path, out: Path, how: NncfInt8, bench: Bench) -> None:
 def _rows(feeds: Feeds, bench: Bench) -> Iterator[Feeds]:
     """Single samples with a batch axis of 1."""
     for index in range(len(next(iter(feeds.values())))):
-        yield {name: array[index : index + 1] for name, array in feeds.items()}
+        part = {name: array[index : index + 1] for name, array in feeds.items()}
+        yield datasets.fed(part, bench.inputs)
 
 
 def _library() -> Any:

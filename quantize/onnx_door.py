@@ -75,6 +75,41 @@ def raised(model: Any, opset: int) -> Any:
         ) from e
 
 
+def sort(model: Any) -> None:
+    """Put every node of the graph after those that make its inputs; else keep the order.
+
+    Inputs of subgraphs count as the node's own.
+    """
+    graph = model.graph
+    waiting = list(graph.node)
+    made = {""} | {one.name for one in (*graph.input, *graph.initializer)}
+    needs = {id(node): _reads(node) for node in waiting}
+    every = {name for node in waiting for name in node.output}
+    ordered: list[Any] = []
+    while waiting:
+        ready = [node for node in waiting if not (needs[id(node)] & every) - made]
+        if not ready:  # a circle: the checker will say so
+            ready = waiting
+        ordered += ready
+        made |= {name for node in ready for name in node.output}
+        taken = {id(node) for node in ready}
+        waiting = [node for node in waiting if id(node) not in taken]
+    kept = [type(node).FromString(node.SerializeToString()) for node in ordered]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _reads(node: Any) -> set[str]:
+    """Names of the values that a node and its subgraphs read."""
+    found = set(node.input)
+    for attribute in node.attribute:
+        graphs = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+        for graph in graphs:
+            for inner in graph.node:
+                found |= _reads(inner)
+    return found
+
+
 def arrays(model: Any) -> dict[str, Any]:
     """Weights by name as numpy arrays."""
     numpy_helper = library().numpy_helper

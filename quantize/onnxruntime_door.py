@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_runtime.errors import ModelError, UsageError
-from quantize import onnx_door, ranges
+from quantize import datasets, onnx_door, ranges
 from quantize.passes import Bench, Feeds
 
 if TYPE_CHECKING:
@@ -168,6 +168,8 @@ def to_float16(source: Path, out: Path, exclude: tuple[str, ...]) -> None:
             keep_io_types=True,
             node_block_list=list(exclude) or None,
         )
+        # The library puts its casts last, and checks no order.
+        onnx_door.sort(model)
         onnx_door.save(model, out)
 
 
@@ -254,7 +256,8 @@ def _batches(feeds: Feeds, bench: Bench, rows: int = BATCH_ROWS) -> Iterator[Fee
     rows = rows if bench.batch_axis == 0 else 1
     count = len(next(iter(feeds.values())))
     for first in range(0, count, rows):
-        yield {name: array[first : first + rows] for name, array in feeds.items()}
+        part = {name: array[first : first + rows] for name, array in feeds.items()}
+        yield datasets.fed(part, bench.inputs)
 
 
 def _reader(feeds: Feeds, bench: Bench) -> Any:

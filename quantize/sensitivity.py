@@ -122,7 +122,8 @@ class Probe:
         model = backend("onnxruntime").load(path, {"threads": 1})
         rows = ROWS if self._source.batch_axis == 0 else 1
         parts = [
-            model.run(feed)[self._output] for feed in datasets.batches(self._data.inputs, rows)
+            model.run(feed)[self._output]
+            for feed in datasets.batches(self._data.inputs, rows, self._source.inputs)
         ]
         return np.concatenate(parts)
 

@@ -192,9 +192,14 @@ def pack_one(candidate: Candidate, out: Path) -> None:
 def _ask(client: Client, candidate: Candidate, inputs: Feeds) -> dict[str, Array]:
     rows = ROWS if candidate.batch_axis == 0 else 1
     parts = list(
-        client.infer_many(candidate.name, datasets.batches(inputs, rows), timeout_s=REQUEST_S_MAX)
+        client.infer_many(
+            candidate.name,
+            datasets.batches(inputs, rows, candidate.inputs),
+            timeout_s=REQUEST_S_MAX,
+        )
     )
-    counts = [len(part[next(iter(part))]) for part in datasets.batches(inputs, rows)]
+    samples = len(next(iter(inputs.values())))
+    counts = [min(rows, samples - first) for first in range(0, samples, rows)]
     return {name: _joined(name, [part[name] for part in parts], counts) for name in parts[0]}
 
 

@@ -121,6 +121,56 @@ def test_nothing_but_the_float_model_is_exit_code_5_and_no_bundle(
     assert not out.exists() and (tmp_path / "o.html").exists()
 
 
+def test_a_state_whose_first_axis_is_no_batch_is_a_sample_as_a_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of an LSTM: x [1, 4], state [2, 1, 4] -> y [1, 4], next [2, 1, 4]."""
+    (tmp_path / "state.onnx").write_bytes(with_state())
+    rng = np.random.Generator(np.random.PCG64(1))
+    x, state = rng.random((200, 4), np.float32), rng.random((200, 2, 1, 4), np.float32)
+    np.savez(tmp_path / "data.npz", x=x, state=state)
+    path = recipe(
+        tmp_path, source="state.onnx", evaluation={"metric": "cosine", "rounds": 3, "output": "y"}
+    )
+    path.write_text(path.read_text().replace("static_int8", "dynamic_int8"))
+    assert cli.main(["run", str(path), "-o", str(tmp_path / "o.bundle"), "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["evaluated"][1]["score"]["value"] > 0.99
+
+
+def with_state() -> bytes:
+    """y = x @ w + the mean of the state, next = state + y."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = np.random.Generator(np.random.PCG64(2)).normal(0, 1, (4, 64)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["wide"]),
+            helper.make_node("MatMul", ["wide", "back"], ["narrow"]),
+            helper.make_node("ReduceMean", ["state"], ["mean"], axes=[0], keepdims=0),
+            helper.make_node("Add", ["narrow", "mean"], ["y"]),
+            helper.make_node("Add", ["state", "y"], ["next"]),
+        ],
+        "state",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4]),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, [2, 1, 4]),
+        ],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4]),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, [2, 1, 4]),
+        ],
+        [
+            numpy_helper.from_array(weights, "w"),
+            numpy_helper.from_array(np.ascontiguousarray(weights.T), "back"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
 def test_two_models_are_compared_on_the_same_samples(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

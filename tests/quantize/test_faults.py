@@ -39,7 +39,7 @@ def part(name: str, count: int) -> Dataset:
 
 def answers(source: ModelFile, data: Dataset) -> dict[str, Array]:
     run = backend("onnxruntime").load(source.path, {}).run
-    parts = [run(feed) for feed in datasets.batches(data.inputs, 250)]
+    parts = [run(feed) for feed in datasets.batches(data.inputs, 250, source.inputs)]
     return {name: np.concatenate([one[name] for one in parts]) for name in parts[0]}
 
 
@@ -186,6 +186,16 @@ def test_histograms_take_a_calibration_set_that_is_no_multiple_of_the_batch(
 ) -> None:
     found = look(colour, pictures(76, 1), pictures(100, 2), tmp_path, method="percentile")
     assert len(found.activations) > 2
+
+
+def test_float16_is_a_graph_in_order_that_runs(colour: ModelFile, tmp_path: Path) -> None:
+    variant = Variant("float16", passes=({"use": "float16"},))
+    (chain,) = building.chains([variant], colour)
+    data = pictures(8, 1)
+    built = building.build(chain, colour, data, 0, scratch.Scratch(tmp_path), lambda what: None)
+    assert built.refusal == "" and built.path is not None and built.precision == "fp16"
+    mine, want = answers(models.read(built.path), data), answers(colour, data)
+    assert np.allclose(mine["scores"], want["scores"], atol=0.05)
 
 
 def pictures(count: int, seed: int) -> Dataset:
