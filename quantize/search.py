@@ -23,6 +23,7 @@ from edge_runtime.errors import UsageError
 from quantize import (
     automatic,
     building,
+    datasets,
     evaluating,
     executors,
     kernels,
@@ -357,7 +358,7 @@ def _timed(ready: Prepared, ended: Sequence[Trial], rounds: int) -> list[Trial]:
     backends = dict.fromkeys(one.variant.backend for one in ended if one.found)
     times: dict[str, Timed | str] = {}
     floats: dict[str, Timed | str] = {}
-    sample = {name: array[:1] for name, array in ready.judge.data.inputs.items()}
+    sample = next(datasets.batches(ready.judge.data.inputs, 1, ready.source.inputs))
     for backend in backends:
         plain = Variant(f".float.{backend}", backend)
         jobs = [_job(ready, plain, ready.source.path)]

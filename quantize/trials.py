@@ -168,7 +168,7 @@ def answers(judge: Judge, variant: Variant, path: Path) -> Array:
     rows = ROWS if judge.source.batch_axis == 0 else 1
     parts = [
         np.array(model.run(feed)[judge.output])
-        for feed in datasets.batches(judge.data.inputs, rows)
+        for feed in datasets.batches(judge.data.inputs, rows, judge.source.inputs)
     ]
     return np.concatenate(parts)
 

@@ -18,6 +18,12 @@ def add_parser(subparsers: Any) -> None:
     report = subparsers.add_parser("report", help="show an outcome again")
     report.add_argument("outcome", metavar="OUTCOME.json", type=Path)
     report.add_argument("-o", "--out", metavar="FILE.html", type=Path, help="write a page")
+    report.add_argument(
+        "--sensitivity",
+        metavar="FILE.json",
+        type=Path,
+        help="show layers too: what `edge-quantize sensitivity --json` printed",
+    )
     report.set_defaults(handler=_report)
 
 
@@ -25,6 +31,8 @@ def _report(arguments: argparse.Namespace) -> int:
     from quantize.report import saved, text
 
     outcome = saved.read(arguments.outcome)
+    if arguments.sensitivity is not None:
+        outcome = saved.with_layers(outcome, arguments.sensitivity)
     if arguments.out is None:
         print(text.text(outcome, output.terminal_columns(sys.stdout)))
         return 0

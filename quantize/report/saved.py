@@ -7,11 +7,14 @@ is read is checked against the types of `results`, so a foreign file is an error
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from edge_runtime.errors import NotFoundError, StorageError, UsageError
-from quantize.results import Outcome
+from quantize.results import Layer, Outcome
+
+Kind = TypeVar("Kind")
 
 
 def write(outcome: Outcome, path: Path) -> None:
@@ -33,20 +36,32 @@ def read(path: Path) -> Outcome:
     Raises:
         NotFoundError: no such file. UsageError: it is none.
     """
+    return _read(path, Outcome, "what `edge-quantize run --out-json FILE` writes")
+
+
+def with_layers(outcome: Outcome, path: Path) -> Outcome:
+    """The outcome with the layers of a kept sensitivity analysis. Raises as `read`."""
+    from quantize.sensitivity import Sensitivity
+
+    found = _read(path, Sensitivity, "what `edge-quantize sensitivity --json` prints")
+    layers = tuple(
+        Layer(one.name, one.operator, 10 ** (-one.alone_sqnr_db / 20), one.loss)
+        for one in found.layers
+    )
+    return msgspec.structs.replace(outcome, layers=layers)
+
+
+def _read(path: Path, kind: type[Kind], expected: str) -> Kind:
     try:
         data = path.read_bytes()
     except FileNotFoundError as e:
-        raise NotFoundError("there is no such outcome", where=str(path)) from e
+        raise NotFoundError("there is no such file", where=str(path)) from e
     except OSError as e:
         raise UsageError(f"cannot be read: {e.strerror}", where=str(path)) from e
     try:
-        return msgspec.json.decode(data, type=Outcome)
+        return msgspec.json.decode(data, type=kind)
     except msgspec.DecodeError as e:
-        raise UsageError(
-            f"is no outcome of a run: {e}",
-            where=str(path),
-            expected="what `edge-quantize run --out-json FILE` writes",
-        ) from e
+        raise UsageError(f"is something else: {e}", where=str(path), expected=expected) from e
 
 
 def _write(path: Path, data: bytes) -> None:

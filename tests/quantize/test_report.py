@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from quantize import cli, comparing
@@ -120,6 +121,22 @@ def test_report_writes_a_page_of_a_kept_outcome(
     assert "refused:" in capsys.readouterr().out
     assert cli.main(["report", str(tmp_path / "o.json"), "-o", str(tmp_path / "o.html")]) == 0
     assert (tmp_path / "o.html").read_text().startswith("<!doctype html>")
+
+
+def test_report_shows_the_layers_of_a_kept_sensitivity_analysis(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved.write(msgspec.structs.replace(outcome(), layers=()), tmp_path / "o.json")
+    model = Path("examples/fashion_mnist/fp32.onnx").resolve()
+    rng = np.random.Generator(np.random.PCG64(1))
+    np.savez(tmp_path / "data.npz", x=rng.random((90, 1, 28, 28), np.float32))
+    assert (
+        cli.main(["sensitivity", str(model), "--data", str(tmp_path / "data.npz"), "--json"]) == 0
+    )
+    (tmp_path / "s.json").write_text(capsys.readouterr().out)
+    words = ["report", str(tmp_path / "o.json"), "--sensitivity", str(tmp_path / "s.json")]
+    assert cli.main([*words, "-o", str(tmp_path / "o.html")]) == 0
+    assert "Sensitivity by layer" in (tmp_path / "o.html").read_text()
 
 
 def test_a_file_that_is_no_outcome_is_a_usage_error_with_the_key(
