@@ -381,16 +381,15 @@ def _fit(array: Array, spec: TensorSpec, where: str) -> Array:
             where=where,
             expected="numbers: one of these would spoil every range that is calibrated",
         )
-    if not spec.shape or spec.shape[0] not in (-1, 1):
+    if not spec.shape:
         raise UsageError(
             f"input {spec.name!r} {list(spec.shape)} has no first axis for samples",
             where=where,
-            expected="a first axis that is free (-1) or 1",
-            remedy="export the model with such an axis; for a state, put the batch axis first",
+            expected="a first axis that is free (-1) or 1, or a fixed shape (a state)",
+            remedy="export the model with such an axis",
         )
-    one = spec.shape[1:]
-    if spec.shape and spec.shape[0] > 1:  # its first axis is no batch: a sample is all of it
-        one = spec.shape
+    # Where the first axis is fixed to more than 1, as of a state, a sample is all of it.
+    one = spec.shape[1:] if spec.shape[0] in (-1, 1) else spec.shape
     if not tensors.shape_matches(array.shape[1:], one):
         if tensors.shape_matches(array.shape[1:], spec.shape) and array.shape[1] == 1:
             return array[:, 0]  # each sample came with a batch axis of its own

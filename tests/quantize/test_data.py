@@ -39,16 +39,23 @@ def test_pixels_given_to_a_model_of_floats_are_not_scaled_and_the_report_says_so
     assert found.take(np.array([0, 1])).notes == found.notes
 
 
-@pytest.mark.parametrize(
-    ("shape", "says"),
-    [((4, 4), "no first axis for samples"), ((), "no first axis"), ((2, -1, 4), "no first axis")],
-)
-def test_an_input_without_an_axis_for_samples_is_refused(
-    tmp_path: Path, shape: tuple[int, ...], says: str
-) -> None:
-    with pytest.raises(UsageError, match=says) as caught:
-        datasets.load(saved(tmp_path, x=X), (TensorSpec("x", "FP32", shape),))
+def test_an_input_without_any_axis_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no first axis for samples") as caught:
+        datasets.load(saved(tmp_path, x=X), (TensorSpec("x", "FP32", ()),))
     assert "-1" in str(caught.value.expected) and caught.value.remedy
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (2, -1, 4)])
+def test_a_sample_of_an_input_whose_first_axis_is_no_batch_is_all_of_it(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    specs = (TensorSpec("x", "FP32", shape),)
+    whole = np.zeros((8, *(max(size, 1) for size in shape)), np.float32)
+    found = datasets.load(saved(tmp_path, x=whole), specs)
+    (part, *_) = datasets.batches(found.inputs, 1, specs)
+    assert len(found) == 8 and part["x"].shape == whole.shape[1:]
+    with pytest.raises(UsageError, match="has shape"):
+        datasets.load(saved(tmp_path, x=X), specs)
 
 
 def test_samples_that_are_no_numbers_are_counted_and_refused(tmp_path: Path) -> None:
