@@ -275,9 +275,11 @@ def _with(variant: Variant, **options: Any) -> Variant:
 def _pruned(variant: Variant, ratio: float, train: str) -> Variant:
     """The variant behind clean-up, pruning and, with `train`, training again."""
     kept = [s for s in variant.passes if s["use"] not in ("clean", "prune_channels", "fine_tune")]
-    before: list[dict[str, Any]] = [CLEAN, {"use": "prune_channels", "ratio": ratio}]
+    cut: dict[str, Any] = {"use": "prune_channels", "ratio": ratio}
     if train:
-        before.append({"use": "fine_tune", "train": train})
+        before = [CLEAN, cut, {"use": "fine_tune", "train": train}]
+    else:  # much less is lost this way where nothing is trained again (docs/pruning.md)
+        before = [CLEAN, {**cut, "importance": "activations"}]
     return Variant("", variant.backend, variant.options, (*before, *kept))
 
 
