@@ -119,9 +119,12 @@ class CompiledModels:
     def tidy(self, store: Store) -> None:
         """Remove what belongs to no installed artifact, and what a power cut left half written.
 
-        Never raises: what cannot be removed now may be at the next start.
+        The directory is there from then on: who is confined to it at his start finds later what is
+        kept later. Never raises: what cannot be done now may be at the next start.
         """
         with contextlib.suppress(EdgeError):
+            if self._bytes_max and self._files.entry(self._root) is None:
+                self._files.mkdir(self._root)
             for directory in self._directories():
                 gone = not _is_installed(store, directory.name)
                 for name in self._files.names(directory):

@@ -122,11 +122,13 @@ class Host:
         )
         named = [one for one, suspect in zip(workers, suspects, strict=True) if suspect]
         how = health.classify(status, stopping=False, hung_for_s=None, oom_kills=0).detail
+        if any(one.hung for one in workers):
+            how = "a run did not return"
         names = ", ".join(f"{one.spec.model}@{one.spec.version}" for one in named)
-        blame = f"the process that it shared ended ({how}) while {names} was active in it"
+        blame = f"the process that it shared ended: {how}; suspected: {names}"
         self._events.emit(
             "host_died",
-            f"the process of models on {self.spec.name}: {how}; active in it: {names}",
+            f"the process of models on {self.spec.name}: {how}; suspected: {names}",
             level="error",
             device=self.spec.name,
             pid=self.pid,

@@ -191,7 +191,7 @@ def test_a_model_that_crashes_is_counted_and_its_neighbour_is_not(board: Board) 
     }
     assert causes == {"good": {"neighbour"}, "bad": {"signal"}}
     (told, *_) = daemon.events("worker_died", model="good")
-    assert "SIGSEGV" in told["message"] and "bad@1 was active" in told["message"]
+    assert "SIGSEGV" in told["message"] and "suspected: bad@1" in told["message"]
 
 
 def test_a_load_that_kills_the_process_is_refused_and_the_others_are_back(board: Board) -> None:
@@ -367,8 +367,9 @@ def test_real_libraries_serve_several_models_from_one_process(
     workers = {"cpu_fallback": "allow"}  # it is a processor that plays the accelerator
     daemon = make_daemon({"profile": str(profile), "workers": workers}).start()
     models = {"double": 2.0, "triple": 3.0}
+    options = {"compiled": "keep"} if backend == "openvino" else {}
     for name, scale in models.items():
-        variant = Variant("fp32", backend, NO_BLOB, "fp32", "npu")
+        variant = Variant("fp32", backend, NO_BLOB, "fp32", "npu", options)
         path = onnx_bundle(daemon.bundles, name, scale=scale, rows="n", variants=[variant])
         daemon.install(path)
     with (
@@ -376,12 +377,15 @@ def test_real_libraries_serve_several_models_from_one_process(
         Asking(daemon, "triple", lambda value: {3 * value}) as triple,
     ):
         until(lambda: min(double.answers, triple.answers) >= 50, "answers of both")
+    kept = 2 if options else 0
+    until(lambda: len(daemon.events("compiled_kept")) == kept, "what was compiled is kept")
     daemon.control("unload", name="triple")
     pid = daemon.worker("double")["pid"]
     assert daemon.infer("double", 5.0) == 10.0
     daemon.control("activate", name="triple", version=1)
     assert daemon.worker("triple")["pid"] == pid
     assert daemon.infer("triple", 5.0) == 15.0
+    assert len(daemon.events("compiled_kept")) == kept, "found again, in the same process"
 
 
 def test_models_with_a_delegate_share_the_process_that_opened_its_device(
