@@ -23,7 +23,8 @@ class Evaluated(msgspec.Struct, frozen=True):
         p50_ms, p95_ms, spread_ms: of one run at batch 1 in the backend, all variants interleaved.
         speedup: the float model's latency on the same backend / this one's, same rounds; 0: the
             float model does not run there, so it is compared with the reference backend's.
-        size_bytes, packed_bytes: of the file; and compressed, as it travels.
+        size_bytes, packed_bytes: of the file; and compressed, as it travels (an estimate of large
+            files, from pieces).
         memory_bytes: private bytes of the worker that served it.
         macs: multiply-accumulates of one sample, of an ONNX model; 0: not known.
         refusal: why it is not shipped; empty if it is.

@@ -14,7 +14,7 @@ from edge_runtime.bundle import archive
 from edge_runtime.bundle import manifest as manifests
 from edge_runtime.bundle.manifest import Tolerance
 from edge_runtime.errors import EdgeError
-from quantize import cli, packing, writing
+from quantize import cli, evaluating, packing, writing
 from quantize import recipe as recipes
 from tests.quantize.test_faults import network, pictures
 
@@ -169,6 +169,14 @@ def with_state() -> bytes:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
+
+
+def test_the_packed_size_of_a_large_file_is_estimated_from_pieces_spread_over_it() -> None:
+    rng = np.random.Generator(np.random.PCG64(1))
+    half = evaluating.PACKED_BYTES_MAX
+    data = bytes(half) + rng.bytes(half)  # one half packs to nothing, the other not at all
+    assert evaluating.packed_size(data) == pytest.approx(half, rel=0.05)
+    assert evaluating.packed_size(data[-1000:]) > 900
 
 
 def test_two_models_are_compared_on_the_same_samples(
