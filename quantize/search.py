@@ -291,7 +291,7 @@ def _with_layers(run: _Run, facts: Facts) -> Facts:
     given = trials.order(run.recipe, Variant("layers"), run.kept.folder)
     job = Job(name, "quantize.search:rank_layers", given | {"key": name})
     run.say("finding the sensitive layers")
-    for done in executors.run(run.executor, [job]):
+    for done in executors.run(run.executor, [job], job_s_max=run.clock.left_s):
         if done.said.refusal:
             run.say(f"sensitivity was not measured: {done.said.refusal}")
             return facts
