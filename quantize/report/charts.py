@@ -19,6 +19,7 @@ from quantize.results import Activation, Evaluated, Layer, Outcome
 HEIGHT = 300.0  # of the Pareto chart, in pixels
 ROW = 20.0
 LABEL_GAP = 15.0  # pixels between two labels
+LABEL_WIDTH = 0.3  # of the width, at most, on a telephone
 LEFT_FROM = 0.6  # of the width: further right a label stands left of its point
 LOG_FROM = 6.0  # largest latency / smallest: from there the axis is logarithmic
 WORSE_SHOWN = 6.0  # scores are shown down to so many times the allowed loss
@@ -135,13 +136,17 @@ def _point(
 def _labels(
     shown: Sequence[Evaluated], outcome: Outcome, across: svg.Scale, down: svg.Scale
 ) -> list[str]:
-    """Names beside the points, each at a height of its own: widths are not known here."""
-    parts, lowest = [], -LABEL_GAP
+    """Names beside the points, moved down where another may be: widths are not known here."""
+    parts: list[str] = []
+    placed: list[tuple[float, float]] = []
     for one in sorted(shown, key=lambda each: down((each.score or _NONE).value)):
         assert one.score is not None
         x, y = across(one.p50_ms), down(one.score.value)
-        at = lowest = max(y, lowest + LABEL_GAP)
         left = x > LEFT_FROM
+        middle, at = x + (-LABEL_WIDTH if left else LABEL_WIDTH) / 2, y
+        while any(abs(middle - m) < LABEL_WIDTH and abs(at - a) < LABEL_GAP for m, a in placed):
+            at += 1.0
+        placed.append((middle, at))
         text = one.name if y < HEIGHT else f"{one.name} ({one.score.value:.3f})"
         shift, anchor = (-18.0, "end") if left else (18.0, "start")
         parts.append(svg.words(x, at + 4, text, kind(one, outcome), anchor, shift))
