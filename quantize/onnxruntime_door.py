@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_runtime.errors import ModelError, UsageError
-from quantize import datasets, onnx_door, ranges
+from quantize import biases, datasets, onnx_door, ranges
 from quantize.passes import Bench, Feeds
 
 if TYPE_CHECKING:
@@ -87,6 +87,11 @@ def quantize_static(
         "UseQDQContribOps": how.activations in ("u16", "s16"),
     }
     with tempfile.TemporaryDirectory() as scratch, _ours("quantize", source):
+        model = onnx_door.load(source)
+        if biases.separated(model):
+            source = Path(scratch) / "separated.onnx"
+            onnx_door.save(model, source)
+        del model  # hundreds of megabytes, perhaps
         cache = ranges_file
         if how.method == "mse" and (cache is None or not cache.exists()):
             cache = cache or Path(scratch) / "ranges.json"

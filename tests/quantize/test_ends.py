@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edge_runtime.backends import backend
 from edge_runtime.errors import ModelError
 from quantize import cli, served
 from quantize.passes import Bench
@@ -138,6 +139,33 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
         Clean().apply(model, tmp_path / f"clean-{name}", bench())
         StaticInt8(method="mse").apply(tmp_path / f"clean-{name}", tmp_path / name, bench())
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_biases_that_nodes_share_or_that_lie_in_rows_are_quantized(tmp_path: Path) -> None:
+    """The library copies a shared bias b to b2, which is another tensor's name here."""
+    rng = np.random.Generator(np.random.PCG64(3))
+    weights = {name: rng.normal(size=(16, 16)).astype(np.float32) for name in ("w1", "w2", "w3")}
+    given = {**weights, "b": rng.normal(size=(1, 16)), "c": rng.normal(size=16)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["x", "w1", "c"], ["c2"], name="one"),
+            helper.make_node("Relu", ["c2"], ["r"], name="relu"),
+            helper.make_node("Gemm", ["r", "w2", "c"], ["h"], name="two"),
+            helper.make_node("Gemm", ["h", "w3", "b"], ["o"], name="three"),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 16])],
+        [helper.make_tensor_value_info("o", TensorProto.FLOAT, ["N", 16])],
+        [numpy_helper.from_array(one.astype(np.float32), name) for name, one in given.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    source, out = tmp_path / "m.onnx", tmp_path / "q.onnx"
+    onnx.save(model, source)
+    before = source.read_bytes()
+    StaticInt8().apply(source, out, bench())
+    want, got = (backend("onnxruntime").load(one, {}).run({"x": X})["o"] for one in (source, out))
+    assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
+    assert source.read_bytes() == before
 
 
 def bench() -> Bench:
