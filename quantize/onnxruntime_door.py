@@ -31,8 +31,7 @@ Array = np.ndarray[Any, Any]
 
 # Rows per calibration run where the model has a batch axis: bounds the memory of all activations.
 BATCH_ROWS = 32
-# The library's entropy calibration of one tensor takes a second per thousand bins.
-BINS = 2048
+HISTOGRAM_ROWS = 8  # of a run all of whose activations are held at once, several times over
 _TYPES = {"u8": "QUInt8", "s8": "QInt8", "u16": "QUInt16", "s16": "QInt16"}
 _METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile", "mse": "MinMax"}
 
@@ -82,7 +81,6 @@ def quantize_static(
         "ActivationSymmetric": how.symmetric_activations,
         "WeightSymmetric": True,
         "CalibPercentile": how.percentile,
-        "CalibNumBins": BINS,
         # 16-bit QuantizeLinear is standard from opset 21 on, and onnxruntime's own before.
         "UseQDQContribOps": how.activations in ("u16", "s16"),
     }
@@ -93,10 +91,13 @@ def quantize_static(
             onnx_door.save(model, source)
         del model  # hundreds of megabytes, perhaps
         cache = ranges_file
-        if how.method == "mse" and (cache is None or not cache.exists()):
+        if how.method != "minmax" and (cache is None or not cache.exists()):
             cache = cache or Path(scratch) / "ranges.json"
-            bits = 16 if how.activations.endswith("16") else 8
-            _save_ranges(ranges.mse(histograms(source, feeds, bench), bits), cache)
+            if how.method == "mse":
+                bits = 16 if how.activations.endswith("16") else 8
+                _save_ranges(ranges.mse(histograms(source, feeds, bench), bits), cache)
+            else:
+                _save_library_ranges(source, cache, how, feeds, bench)
         tools.quantize_static(
             str(source),
             str(out),
@@ -292,6 +293,30 @@ def _save_ranges(found: dict[str, tuple[float, float]], path: Path) -> None:
         },
     )
     calibrate.save_tensors_data(data, path)
+
+
+def _save_library_ranges(
+    source: Path, out: Path, how: StaticInt8, feeds: Feeds, bench: Bench
+) -> None:
+    """Ranges by the library's own histograms, a few samples at a time.
+
+    Given all samples at once, the library holds every activation of every one of them: 20 MB a
+    sample of a small image network, 10 GB of a usual calibration set.
+    """
+    calibrate = importlib.import_module("onnxruntime.quantization.calibrate")
+    registry = importlib.import_module("onnxruntime.quantization.registry")
+    kinds = how.operators or sorted({*registry.QLinearOpsRegistry, *registry.QDQRegistry})
+    with tempfile.TemporaryDirectory() as folder:
+        calibrator = calibrate.create_calibrator(
+            source,
+            list(kinds),
+            augmented_model_path=str(Path(folder) / "watched.onnx"),
+            calibrate_method=getattr(calibrate.CalibrationMethod, _METHODS[how.method]),
+            extra_options={"percentile": how.percentile} if how.method == "percentile" else {},
+        )
+        for feed in _batches(feeds, bench, HISTOGRAM_ROWS):
+            calibrator.collect_data(_reader(feed, bench))
+        calibrate.save_tensors_data(calibrator.compute_data(), out)
 
 
 # --- the library ----------------------------------------------------------------------------------

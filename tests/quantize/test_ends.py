@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -166,6 +168,27 @@ def test_biases_that_nodes_share_or_that_lie_in_rows_are_quantized(tmp_path: Pat
     want, got = (backend("onnxruntime").load(one, {}).run({"x": X})["o"] for one in (source, out))
     assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
     assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("method", ["percentile", "entropy"])
+def test_histograms_of_the_library_are_made_of_a_few_samples_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Literal["percentile", "entropy"]
+) -> None:
+    """All at once, it keeps every activation of the calibration set in memory."""
+    calibrate = importlib.import_module("onnxruntime.quantization.calibrate")
+    held: list[int] = []
+    collect = calibrate.HistogramCollector.collect
+
+    def watched(self: object, given: dict[str, list[np.ndarray]]) -> object:
+        held.append(max(sum(len(one) for one in each) for each in given.values()))
+        return collect(self, given)
+
+    monkeypatch.setattr(calibrate.HistogramCollector, "collect", watched)
+    model, out = product(tmp_path / "m.onnx"), tmp_path / "q.onnx"
+    StaticInt8(method=method).apply(model, out, bench())
+    want, got = (backend("onnxruntime").load(one, {}).run({"x": X})["o"] for one in (model, out))
+    assert np.linalg.norm(got - want) < 0.2 * np.linalg.norm(want)
+    assert len(held) == 8 and max(held) == 8  # 60 samples
 
 
 def bench() -> Bench:
