@@ -101,7 +101,7 @@ def quantize_static(
         tools.quantize_static(
             str(source),
             str(out),
-            _reader(feeds, bench),
+            _reader(_batches(feeds, bench)),
             quant_format=tools.QuantFormat.QDQ
             if how.format == "qdq"
             else tools.QuantFormat.QOperator,
@@ -266,12 +266,7 @@ def _batches(feeds: Feeds, bench: Bench, rows: int = BATCH_ROWS) -> Iterator[Fee
         yield datasets.fed(part, bench.inputs)
 
 
-def _reader(feeds: Feeds, bench: Bench) -> Any:
-    count = len(next(iter(feeds.values())))
-    # The library's histograms refuse a last batch of another size (numpy: inhomogeneous shape).
-    rows = max(size for size in range(1, BATCH_ROWS + 1) if count % size == 0)
-    batches = _batches(feeds, bench, rows)
-
+def _reader(batches: Iterator[Feeds]) -> Any:
     class Reader(_tools().CalibrationDataReader):  # type: ignore[misc]
         def get_next(self) -> Feeds | None:
             return next(batches, None)
@@ -298,7 +293,7 @@ def _save_ranges(found: dict[str, tuple[float, float]], path: Path) -> None:
 def _save_library_ranges(
     source: Path, out: Path, how: StaticInt8, feeds: Feeds, bench: Bench
 ) -> None:
-    """Ranges by the library's own histograms, a few samples at a time.
+    """Ranges by the library's own histograms, one batch at a time: it refuses batches that differ.
 
     Given all samples at once, the library holds every activation of every one of them: 20 MB a
     sample of a small image network, 10 GB of a usual calibration set.
@@ -315,7 +310,7 @@ def _save_library_ranges(
             extra_options={"percentile": how.percentile} if how.method == "percentile" else {},
         )
         for feed in _batches(feeds, bench, HISTOGRAM_ROWS):
-            calibrator.collect_data(_reader(feed, bench))
+            calibrator.collect_data(_reader(iter([feed])))
         calibrate.save_tensors_data(calibrator.compute_data(), out)
 
 
