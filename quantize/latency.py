@@ -34,6 +34,10 @@ ROUND_S = 0.02
 RUNS_MIN = 3
 RUNS_MAX = 500
 WARMUP_RUNS = 5
+# After so long no further round begins: a model of a second a run would take half an hour with ten
+# variants, and a median needs no thirty rounds where a run is long.
+ROUNDS_S_MAX = 90.0
+ROUNDS_LEAST = 5
 PROCESS_S_MAX = 900.0
 
 
@@ -138,12 +142,23 @@ def _run(order: Order) -> dict[str, Any]:
             runs[job.name], loads[job.name] = _loaded(job, sample)
         except EdgeError as error:
             said[job.name] = str(error)
+    times = _rounds(runs, order.rounds, time.monotonic)
+    return said | {name: _timed(rounds, *loads[name]) for name, rounds in times.items()}
+
+
+def _rounds(
+    runs: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[list[float]]]:
+    """Milliseconds by variant and round; fewer rounds where a model is so slow that they last."""
     times: dict[str, list[list[float]]] = {name: [] for name in runs}
-    for number in range(order.rounds):
+    began_s = clock()
+    for number in range(rounds):
+        if number >= ROUNDS_LEAST and clock() - began_s > ROUNDS_S_MAX:
+            break
         names = list(runs)
         for name in names if number % 2 == 0 else reversed(names):
             times[name].append(_round(runs[name]))
-    return said | {name: _timed(rounds, *loads[name]) for name, rounds in times.items()}
+    return times
 
 
 def _loaded(job: Job, sample: list[Array]) -> tuple[Callable[[], Any], tuple[float, str]]:

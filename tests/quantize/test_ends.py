@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_runtime.backends import backend
 from edge_runtime.errors import ModelError
-from quantize import cli, served
+from quantize import cli, latency, served
 from quantize.passes import Bench
 from quantize.passes.graph import Clean
 from quantize.passes.integer import StaticInt8
@@ -189,6 +189,17 @@ def test_histograms_of_the_library_are_made_of_a_few_samples_at_a_time(
     want, got = (backend("onnxruntime").load(one, {}).run({"x": X})["o"] for one in (model, out))
     assert np.linalg.norm(got - want) < 0.2 * np.linalg.norm(want)
     assert len(held) == 8 and max(held) == 8  # 60 samples
+
+
+def test_a_slow_model_is_measured_in_fewer_rounds_and_a_quick_one_in_all() -> None:
+    def nothing() -> None:
+        pass
+
+    ticks = iter(range(0, 100_000, 40))  # each look at the clock is 40 s later
+    slow = latency._rounds({"a": nothing, "b": nothing}, 30, lambda: float(next(ticks)))
+    assert [len(one) for one in slow.values()] == [latency.ROUNDS_LEAST + 2] * 2
+    quick = latency._rounds({"a": nothing}, 7, lambda: 0.0)
+    assert len(quick["a"]) == 7
 
 
 def bench() -> Bench:
