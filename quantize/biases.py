@@ -22,7 +22,7 @@ def separated(model: Any) -> bool:
     weights = onnx_door.arrays(model)
     taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
     seen: set[str] = set()
-    changed = False
+    replaced: set[str] = set()
     for node in model.graph.node:
         if node.op_type not in _KINDS or len(node.input) <= _PLACE:
             continue
@@ -33,9 +33,20 @@ def separated(model: Any) -> bool:
         if bias.ndim > 1 or name in seen:
             node.input[_PLACE] = _free(f"{name}/own", taken)
             model.graph.initializer.append(make(bias.reshape(-1), node.input[_PLACE]))
-            changed = True
+            replaced.add(name)
         seen.add(node.input[_PLACE])
-    return changed
+    _drop(model.graph, replaced)
+    return bool(replaced)
+
+
+def _drop(graph: Any, names: set[str]) -> None:
+    """Take out initializers that nothing uses any more: the library warns of them."""
+    if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
+        return  # a branch of an If may use them
+    used = {name for node in graph.node for name in node.input}
+    used |= {value.name for value in (*graph.input, *graph.output)}
+    for tensor in [one for one in graph.initializer if one.name in names - used]:
+        graph.initializer.remove(tensor)
 
 
 def _free(name: str, taken: set[str]) -> str:

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_runtime.backends import backend
 from edge_runtime.errors import ModelError
-from quantize import cli, latency, served
+from quantize import biases, cli, latency, served
 from quantize.passes import Bench
 from quantize.passes.graph import Clean
 from quantize.passes.integer import StaticInt8
@@ -168,6 +168,10 @@ def test_biases_that_nodes_share_or_that_lie_in_rows_are_quantized(tmp_path: Pat
     want, got = (backend("onnxruntime").load(one, {}).run({"x": X})["o"] for one in (source, out))
     assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
     assert source.read_bytes() == before
+    assert biases.separated(model)
+    assert {one.name for one in model.graph.initializer} >= {"c", "w1"}
+    assert "b" not in {one.name for one in model.graph.initializer}  # nothing uses it now
+    assert not biases.separated(model)
 
 
 @pytest.mark.parametrize("method", ["percentile", "entropy"])
