@@ -98,6 +98,7 @@ def boot(directory: Path, *, read_only: dict[Path, str]) -> Path:
     binds = {
         Path(sysconfig.get_path("purelib")): "/opt/edge-site",
         CHECKOUT / "edge_runtime": "/opt/edge-source/edge_runtime",
+        CHECKOUT / "device_profiles": "/opt/edge-source/device_profiles",
         INSIDE: "/inside",
         **read_only,
     }
