@@ -98,6 +98,7 @@ def main(words: list[str]) -> int:
     answer = _Attempt(name).made(options)
     with os.fdopen(sys_stdout, "wb") as out:
         out.write(msgspec.json.encode(answer) + b"\n")
+    sys.stdout.flush()  # to stderr by now: a pipe is written to in blocks
     sys.stderr.flush()
     os._exit(0)  # what a library does at exit is not what was asked
 

@@ -67,7 +67,7 @@ def test_every_request_has_one_outcome_and_the_counts_add_up(
     assert load.offered == sum(outcome != NOT_OFFERED for *_, outcome in rows)
     assert load.latency_ms.count == load.good + load.late
     assert load.refusal_ms.count == sum(load.refused.values())
-    assert set(load.refused) <= {"overloaded", "unavailable"}
+    assert set(load.refused) <= {"overloaded", "throttled", "unavailable"}
     assert "deadline_exceeded" not in load.errors
     assert load.goodput_per_s <= load.good  # in one second; what comes later is not counted
     msgspec.json.encode(load)
