@@ -447,8 +447,8 @@ def test_a_hundred_sleeps_leave_no_descriptor_and_no_memory(make_daemon):
     def all_gone() -> bool:
         return len(daemon.events("worker_stopped")) == len(daemon.events("worker_ready"))
 
-    # The allocator's heap finds its size: 1 MB in the first 250 sleeps, another in the next 250, and
-    # then half a kilobyte a sleep over a thousand (measured).
+    # The allocator's heap finds its size: 1 MB in the first 250 sleeps, another in the next 250,
+    # and then half a kilobyte a sleep over a thousand (measured).
     for _ in range(10):
         cycle()
     until(all_gone)
