@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -32,6 +33,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "samples.npz"
     np.savez(path, x=x, y=answers.argmax(axis=1))
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_more_libraries() -> Iterator[None]:
+    """The same single settings whatever is installed beside onnxruntime."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_can_import", lambda module: False)
+        yield
 
 
 def recipe(data: Path, **limits: object) -> Recipe:
