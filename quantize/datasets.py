@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import numpy as np
 from edge_runtime import tensors
 from edge_runtime.errors import EdgeError, NotFoundError, UsageError
 from edge_runtime.tensors import TensorSpec
+from quantize import foreign
 from quantize import recipe as recipes
 from quantize.recipe import Data
 
@@ -201,15 +201,7 @@ def _from_npz(path: Path, specs: tuple[TensorSpec, ...]) -> Dataset:
 
 
 def _from_callable(text: str, specs: tuple[TensorSpec, ...]) -> Dataset:
-    module, _, name = text.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
-        raise UsageError(
-            f"cannot be imported: {e}",
-            where=text,
-            expected="module:function that Python finds (PYTHONPATH)",
-        ) from e
+    function = foreign.function(text, "data")
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the outcome
             inputs, labels = function()

@@ -6,15 +6,13 @@ that variants of a model can stand for each other.
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_runtime.errors import ModelError, UsageError
+from edge_runtime.errors import UsageError
+from quantize import foreign
 from quantize.passes import Bench
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ def quantize_static(source: Path, out: Path, how: TfliteInt8, bench: Bench) -> N
         {name: _row(array, index) for name, array in bench.calibration.items()}
         for index in range(min(count, how.samples) if how.samples else count)
     ]
-    with _ours(source):
+    with foreign.ours("ai-edge-quantizer failed", source):
         made = _with_float_edges(library, source, _STATIC[how.activations])
         _write(made, made.calibrate({SIGNATURE: samples}), out)
 
@@ -63,7 +61,7 @@ def quantize_weights(source: Path, out: Path, how: TfliteWeights) -> None:
         UsageError: the library is not installed. ModelError: it refuses the model.
     """
     library = _library()
-    with _ours(source):
+    with foreign.ours("ai-edge-quantizer failed", source):
         made = _with_float_edges(library, source, _WEIGHTS[how.compute, how.bits])
         _write(made, None, out)
 
@@ -87,7 +85,7 @@ def _write(made: Any, ranges: Any, out: Path) -> None:
 
 def _library() -> Any:
     try:
-        with _quiet():
+        with foreign.quiet():
             import ai_edge_quantizer
             from ai_edge_quantizer import (  # noqa: F401 - loads what the package itself does not
                 algorithm_manager,
@@ -101,21 +99,3 @@ def _library() -> Any:
             remedy="pip install 'edge-runtime[quantize-litert]'",
         ) from e
     return ai_edge_quantizer
-
-
-@contextlib.contextmanager
-def _ours(source: Path) -> Iterator[None]:
-    try:
-        with _quiet():
-            yield
-    except Exception as e:
-        text = " ".join(str(e).split())[:400]
-        raise ModelError(
-            f"ai-edge-quantizer failed: {type(e).__name__}: {text}", where=str(source)
-        ) from e
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield

@@ -7,8 +7,6 @@ NNCF reports its use to its maker through openvino_telemetry: that module is kep
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -18,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_runtime.errors import ModelError, UsageError
-from quantize import datasets, onnx_door
+from edge_runtime.errors import UsageError
+from quantize import datasets, foreign, onnx_door
 from quantize.passes import Bench, Feeds
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ def quantize(source: Path, out: Path, how: NncfInt8, bench: Bench) -> None:
         options["model_type"] = library.ModelType.TRANSFORMER
     if how.exclude:
         options["ignored_scope"] = library.IgnoredScope(names=list(how.exclude))
-    with _ours(source):
+    with foreign.ours("NNCF failed to quantize", source):
         made = library.quantize(model, library.Dataset(rows), **options)
         onnx_door.save(made, out)
 
@@ -68,7 +66,7 @@ def _library() -> Any:
     silent.Telemetry = _Silent  # type: ignore[attr-defined]
     sys.modules.setdefault("openvino_telemetry", silent)
     try:
-        with _quiet():
+        with foreign.quiet():
             import nncf
 
             nncf.set_log_level(logging.ERROR)
@@ -87,23 +85,3 @@ class _Silent:
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
-
-
-@contextlib.contextmanager
-def _ours(source: Path) -> Iterator[None]:
-    try:
-        with _quiet():
-            yield
-    except (ModelError, UsageError):
-        raise
-    except Exception as e:
-        text = " ".join(str(e).split())[:400]
-        raise ModelError(
-            f"NNCF failed to quantize: {type(e).__name__}: {text}", where=str(source)
-        ) from e
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield

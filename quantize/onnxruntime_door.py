@@ -7,10 +7,7 @@ and what it prints is kept from the user.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
-import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_runtime.errors import ModelError, UsageError
-from quantize import biases, datasets, onnx_door, ranges
+from quantize import biases, datasets, foreign, onnx_door, ranges
 from quantize.passes import Bench, Feeds
 
 if TYPE_CHECKING:
@@ -52,7 +49,7 @@ def optimize(source: Path, out: Path) -> None:
     options.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(out)
     options.log_severity_level = 4
-    with _ours("optimize", source):
+    with foreign.ours("onnxruntime failed to optimize", source):
         library.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
 
 
@@ -84,10 +81,14 @@ def quantize_static(
         # 16-bit QuantizeLinear is standard from opset 21 on, and onnxruntime's own before.
         "UseQDQContribOps": how.activations in ("u16", "s16"),
     }
-    with tempfile.TemporaryDirectory() as scratch, _ours("quantize", source):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        foreign.ours("onnxruntime failed to quantize", source),
+    ):
         model = onnx_door.load(source)
+        source = _own(source, Path(scratch))
         if biases.separated(model):
-            source = Path(scratch) / "separated.onnx"
+            source = source.with_name("separated.onnx")
             onnx_door.save(model, source)
         del model  # hundreds of megabytes, perhaps
         cache = ranges_file
@@ -123,9 +124,12 @@ def quantize_dynamic(source: Path, out: Path, how: DynamicInt8, bench: Bench) ->
     """Write the model with integer weights. Raises: UsageError, ModelError."""
     tools = _tools()
     _check_nodes(source, how.exclude)
-    with _ours("quantize", source):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        foreign.ours("onnxruntime failed to quantize", source),
+    ):
         tools.quantize_dynamic(
-            str(source),
+            str(_own(source, Path(scratch))),
             str(out),
             op_types_to_quantize=list(how.operators) or None,
             per_channel=how.per_channel,
@@ -134,6 +138,15 @@ def quantize_dynamic(source: Path, out: Path, how: DynamicInt8, bench: Bench) ->
             nodes_to_exclude=list(how.exclude) or None,
         )
     _check_result(out, how.exclude)
+
+
+def _own(source: Path, folder: Path) -> Path:
+    """The same file under a name of this call's: the library writes a file beside its source, and
+    two calls at once (jobs of a search) would take it from each other.
+    """
+    mine = folder / source.name
+    mine.symlink_to(source.resolve())
+    return mine
 
 
 def pack_weights(source: Path, out: Path, how: WeightOnly) -> None:
@@ -151,7 +164,7 @@ def pack_weights(source: Path, out: Path, how: WeightOnly) -> None:
             "the model has no MatMul with constant weights: nothing can be stored in 4 bits",
             remedy="use 8 bits, which any Conv, Gemm or MatMul takes",
         )
-    with _ours("quantize", source):
+    with foreign.ours("onnxruntime failed to quantize", source):
         module = importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
         packer = module.MatMulNBitsQuantizer(
             model,
@@ -167,7 +180,7 @@ def pack_weights(source: Path, out: Path, how: WeightOnly) -> None:
 def to_float16(source: Path, out: Path, exclude: tuple[str, ...]) -> None:
     """Write the model computing in float16, its inputs and outputs as they were."""
     _library()
-    with _ours("convert", source):
+    with foreign.ours("onnxruntime failed to convert", source):
         module = importlib.import_module("onnxruntime.transformers.float16")
         model = module.convert_float_to_float16(
             onnx_door.infer_shapes(onnx_door.load(source)),
@@ -238,7 +251,7 @@ def _watched(source: Path, wanted: set[str] | None = None) -> tuple[list[str], A
     options.graph_optimization_level = library.GraphOptimizationLevel.ORT_DISABLE_ALL
     # Threads that wait busily take the processor from the thread that counts what was computed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    with _ours("load", source):
+    with foreign.ours("onnxruntime failed to load", source):
         session = library.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
@@ -250,7 +263,7 @@ def _runs(
 ) -> Iterator[list[Array]]:
     asked = [name for name in names if name not in feeds]
     for feed in _batches(feeds, bench, rows):
-        with _ours("run", Path("calibration")):
+        with foreign.ours("onnxruntime failed to run", Path("calibration")):
             # Asked for nothing, the library answers everything.
             got = session.run(asked, feed) if asked else []
             values = dict(zip(asked, got, strict=True)) | feed
@@ -331,34 +344,8 @@ def _library() -> Any:
 
 def _tools() -> Any:
     _library()
-    with _quiet():
+    with foreign.quiet():
         return importlib.import_module("onnxruntime.quantization")
-
-
-@contextlib.contextmanager
-def _ours(doing: str, source: Path) -> Iterator[None]:
-    """What the library raises becomes a ModelError; what it prints and logs is dropped."""
-    try:
-        with _quiet():
-            yield
-    except (ModelError, UsageError):
-        raise
-    except Exception as e:
-        text = " ".join(str(e).split())[:400]
-        raise ModelError(
-            f"onnxruntime failed to {doing}: {type(e).__name__}: {text}", where=str(source)
-        ) from e
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _check_nodes(source: Path, names: tuple[str, ...]) -> None:

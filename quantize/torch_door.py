@@ -12,12 +12,12 @@ import functools
 import hashlib
 import importlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import EdgeError, ModelError, UsageError
-from quantize import onnx_door, torch_rules
+from quantize import foreign, onnx_door, torch_rules
 from quantize.passes import Say
 from quantize.torch_rules import Call, Node
 
@@ -38,7 +38,7 @@ def version() -> str:
 
 def code_sha256(train: str) -> str:
     """Of the file of `module:function`. Raises: UsageError if Python does not find it."""
-    code = getattr(_function(train), "__code__", None)
+    code = getattr(foreign.function(train, "fine_tune.train"), "__code__", None)
     path = Path(code.co_filename) if code else None
     return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else ""
 
@@ -58,7 +58,7 @@ def fine_tune(source: Path, out: Path, train: str, seed: int, say: Say) -> None:
         UsageError: torch or the function is missing, or the graph has an operator without a rule.
         ModelError: the function failed, returned another thing, or left weights not finite.
     """
-    torch, function = library(), _function(train)
+    torch, function = library(), foreign.function(train, "fine_tune.train")
     model = onnx_door.load(source)
     onnx_door.lift_constants(model)
     module = module_of(model)
@@ -153,21 +153,6 @@ def _unknown(node: Node) -> str:
     if more and node.op not in torch_rules.SEVERAL:
         return f"{node.op} with {len(more) + 1} outputs"
     return ""
-
-
-def _function(text: str) -> Callable[..., Any]:
-    module, _, name = text.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise UsageError(
-            f"{text!r} cannot be imported: {e}",
-            where="fine_tune.train",
-            expected="module:function that Python finds (PYTHONPATH)",
-        ) from e
-    if not callable(found):
-        raise UsageError(f"{text!r} is no function", where="fine_tune.train")
-    return found  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ wrong with the recipe, the model or the data is found before the first pass work
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +15,11 @@ import msgspec
 import numpy as np
 
 from edge_runtime.bundle.create import Created
-from edge_runtime.errors import ModelError, UsageError
 from quantize import (
     building,
     datasets,
     evaluating,
+    foreign,
     judging,
     models,
     observing,
@@ -154,15 +153,4 @@ def _function(given: Recipe) -> Callable[..., Array] | None:
     text = given.evaluation.callable
     if not text:
         return None
-    module, _, name = text.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
-        raise UsageError(
-            f"cannot be imported: {e}",
-            where="evaluation.callable",
-            expected="module:function that Python finds (PYTHONPATH)",
-        ) from e
-    if not callable(found):
-        raise ModelError(f"{text} is no function", where="evaluation.callable")
-    return found  # type: ignore[no-any-return]
+    return foreign.function(text, "evaluation.callable")

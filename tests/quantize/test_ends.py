@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_runtime.backends import backend
 from edge_runtime.errors import ModelError
-from quantize import biases, cli, latency, served
+from quantize import biases, cli, latency, models, passes, served
 from quantize.passes import Bench
 from quantize.passes.graph import Clean
 from quantize.passes.integer import StaticInt8
@@ -219,3 +219,26 @@ def test_an_output_without_an_axis_for_samples_is_one_of_each_sample() -> None:
         served._joined("boxes", [np.zeros((7, 6)), np.zeros((1, 6))], [3, 2])
     with pytest.raises(ModelError, match="another shape for other samples"):
         served._joined("boxes", [np.zeros((7, 6)), np.zeros((1, 6))], [1, 1])
+
+
+@pytest.mark.parametrize("use", ["static_int8", "dynamic_int8"])
+def test_quantizing_writes_nothing_beside_its_source_where_another_job_may_work(
+    use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "model.onnx"
+    source.write_bytes(Path("examples/fashion_mnist/fp32.onnx").read_bytes())
+    out = tmp_path / "out" / "small.onnx"
+    out.parent.mkdir()
+    seen: list[list[str]] = []
+    real = onnx.shape_inference.infer_shapes_path
+
+    def infer(*names: str) -> None:
+        real(*names)
+        seen.append(sorted(path.name for path in tmp_path.iterdir()))  # the library's file is there
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes_path", infer)
+    spec = models.read(source)
+    samples = {"input": np.zeros((4, 1, 28, 28), np.float32)}
+    bench = Bench(samples, spec.inputs, spec.outputs, 0, 0, lambda what: None)
+    passes.decode({"use": use}, "passes[0]").apply(source, out, bench)
+    assert seen and all(names == ["model.onnx", "out"] for names in seen)
