@@ -17,7 +17,6 @@ from quantize.passes import FLOAT, INTEGER, ONNX, SMALL_WEIGHTS, TFLITE
 
 # What lint calls a format -> the trait of passes, and the ending of files of it.
 FORMATS = {"onnx": ONNX, "tflite": TFLITE}
-ENDINGS = {ONNX: ".onnx", TFLITE: ".tflite"}
 _INTEGER_PRECISIONS = ("int8", "int4")
 
 

@@ -13,9 +13,6 @@ import numpy as np
 
 from edge_runtime.errors import ModelError, UsageError
 
-# protobuf's own limit for one message; a larger model needs external data, which lint refuses.
-MODEL_BYTES_MAX = (1 << 31) - 1
-
 
 def library() -> Any:
     """The module. Raises: UsageError with the remedy."""

@@ -7,13 +7,7 @@ variant, asks, and ends it; nothing outlives the `with`. What the daemon refuses
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,18 +18,24 @@ import numpy as np
 from edge_runtime.bundle import archive, source
 from edge_runtime.bundle import manifest as manifests
 from edge_runtime.bundle.manifest import Blob, Manifest, Variant
+from edge_runtime.cli import private
 from edge_runtime.client import Client
 from edge_runtime.client.control import ControlClient
-from edge_runtime.errors import EdgeError, ModelError, UnavailableError
-from edge_runtime.serving import sandbox
+from edge_runtime.errors import EdgeError, ModelError
 from edge_runtime.tensors import TensorSpec
 from quantize import datasets
 from quantize.passes import Feeds
 
 Array = np.ndarray[Any, Any]
 
-START_S_MAX = 30.0
-STOP_S_MAX = 20.0
+CONFIG = {
+    "log": {"level": "warning"},
+    "limits": {"bundle_bytes_max": 1 << 34},
+    "workers": {"keep_previous_warm": False, "own_socket": False},
+    # The variant alone is measured: nothing of this machine's board, no choice, no brake.
+    "profile": "none",
+    "selection": {"policy": "off"},
+}
 ROWS = 32  # of a request, where the model has a batch axis
 REQUEST_S_MAX = 60.0
 
@@ -147,13 +147,8 @@ def daemon() -> Iterator[Daemon]:
     """
     # A short path: a unix socket's name has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="edge-q-") as name:
-        folder = Path(name)
-        process = _start(folder)
-        try:
-            _wait_until_ready(process, folder)
-            yield Daemon(folder)
-        finally:
-            _stop(process)
+        with private.daemon(Path(name), CONFIG):
+            yield Daemon(Path(name))
 
 
 def alone(manifest: Manifest, variant: Variant, name: str) -> Manifest:
@@ -228,52 +223,3 @@ def _joined(name: str, parts: list[Array], counts: list[int]) -> Array:
             remedy="export the model with a batch axis of 1, and without the step that selects",
         )
     return np.concatenate(parts)
-
-
-def _start(folder: Path) -> subprocess.Popen[bytes]:
-    config = {
-        "log": {"level": "warning"},
-        "limits": {"bundle_bytes_max": 1 << 34},
-        "workers": {"keep_previous_warm": False, "own_socket": False},
-        # The variant alone is measured: nothing of this machine's board, no choice, no brake.
-        "profile": "none",
-        "selection": {"policy": "off"},
-    }
-    (folder / "config.yaml").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "edge_runtime", "serve"]
-    command += ["--state-dir", str(folder / "state"), "--run-dir", str(folder / "run")]
-    command += ["--config", str(folder / "config.yaml")]
-    environment = {k: v for k, v in os.environ.items() if k not in ("NOTIFY_SOCKET", "LISTEN_FDS")}
-    with (folder / "daemon.log").open("wb") as log:
-        # If we are killed, nobody else would end it.
-        return subprocess.Popen(
-            command,
-            stderr=log,
-            stdout=log,
-            env=environment,
-            preexec_fn=lambda: sandbox.die_with_parent(signal.SIGTERM),
-        )
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], folder: Path) -> None:
-    deadline_s = time.monotonic() + START_S_MAX
-    while time.monotonic() < deadline_s and process.poll() is None:
-        try:
-            with ControlClient(folder / "run" / "control.sock", timeout_s=START_S_MAX) as control:
-                control.call("models")
-                return
-        except EdgeError:
-            time.sleep(0.02)
-    said = (folder / "daemon.log").read_text(errors="replace").strip().splitlines()
-    raise UnavailableError(
-        "the daemon that should judge the variants did not start: " + (said or ["no word"])[-1]
-    )
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_S_MAX)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

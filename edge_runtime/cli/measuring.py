@@ -7,22 +7,15 @@ about the worker (`ps`). Nothing is imitated, so that the sandbox, warm-up and b
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
+from edge_runtime.cli import private
 from edge_runtime.client.control import ControlClient
-from edge_runtime.errors import EdgeError, UnavailableError
+from edge_runtime.errors import EdgeError
 
-START_TIMEOUT_S = 20.0  # a daemon is there after 0.3 s; a slow card is slower
 LOAD_TIMEOUT_S = 600.0  # the first compile for an accelerator takes minutes
-STOP_TIMEOUT_S = 20.0
-POLL_S = 0.02
 
 # A budget is refused when a device needs more, so that it must hold for other processors and
 # library versions too: half as much again, and 4 MiB for what small models cost everywhere.
@@ -40,16 +33,13 @@ class Measured(NamedTuple):
 def measure(bundle: Path, name: str, variant: str) -> Measured:
     """Serve one variant with a daemon of its own, and ask what it took."""
     with tempfile.TemporaryDirectory(prefix="edge-measure-", dir="/tmp") as directory:
-        root = Path(directory)  # in /tmp: a socket's path has 108 bytes
-        config = root / "config.json"  # YAML, of which JSON is a part
-        config.write_bytes(msgspec.json.encode({"models": {name: {"variant": variant}}}))
-        process = _start(root, config)
+        config = {"models": {name: {"variant": variant}}}
         try:
-            return Measured(variant, _served(root / "run" / "control.sock", process, bundle))
+            # In /tmp: a socket's path has 108 bytes.
+            with private.daemon(Path(directory), config) as run_dir:
+                return Measured(variant, _served(run_dir / "control.sock", bundle))
         except EdgeError as error:
             return Measured(variant, 0, str(error))
-        finally:
-            _stop(process)
 
 
 def budget_bytes(measured: list[Measured]) -> int:
@@ -61,15 +51,7 @@ def budget_bytes(measured: list[Measured]) -> int:
     return -(-round(wanted) // _STEP_BYTES) * _STEP_BYTES
 
 
-def _start(root: Path, config: Path) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-P", "-m", "edge_runtime", "serve", "--config", str(config)]
-    words += ["--state-dir", str(root / "state"), "--run-dir", str(root / "run")]
-    with (root / "log").open("wb") as log:
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-
-
-def _served(control: Path, process: subprocess.Popen[bytes], bundle: Path) -> int:
-    _wait(control, process)
+def _served(control: Path, bundle: Path) -> int:
     with ControlClient(control, timeout_s=LOAD_TIMEOUT_S) as client:
         fd = os.open(bundle, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -78,25 +60,3 @@ def _served(control: Path, process: subprocess.Popen[bytes], bundle: Path) -> in
             os.close(fd)
         (worker,) = client.call("ps")["workers"]
         return int(worker["private_bytes"])
-
-
-def _wait(control: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until the daemon answers. Raises: UnavailableError: it ended, or did not in time."""
-    until_s = time.monotonic() + START_TIMEOUT_S
-    while process.poll() is None and time.monotonic() < until_s:
-        try:
-            with ControlClient(control, timeout_s=START_TIMEOUT_S) as client:
-                client.call("config")
-            return
-        except EdgeError:
-            time.sleep(POLL_S)
-    raise UnavailableError("the daemon that measures did not start", where=str(control))
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

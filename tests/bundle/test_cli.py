@@ -13,7 +13,7 @@ import pytest
 
 from edge_runtime import cli
 from edge_runtime.bundle import archive
-from edge_runtime.cli import measuring
+from edge_runtime.cli import measuring, private
 from tests.bundle.conftest import linear, linear_int8, saved
 from tests.daemon.world import running
 
@@ -75,7 +75,7 @@ def test_the_memory_that_is_stated_was_measured_and_holds(run):
 
 
 def test_what_cannot_be_measured_is_said_and_nothing_is_stated(run, monkeypatch):
-    monkeypatch.setattr(measuring.sys, "executable", "/bin/false")
+    monkeypatch.setattr(private.sys, "executable", "/bin/false")
     code, out, _ = run(*CREATE, "--measure")
     assert code == 0
     assert "fp32: its memory was not measured" in out and "did not start" in out
