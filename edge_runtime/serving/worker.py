@@ -230,8 +230,7 @@ class Worker:
         return SWEEP_S if self._runners else 0
 
     def _idle(self) -> bool:
-        runners = self._runners
-        return not self._pending and (runners is None or runners.idle == runners.count)
+        return not self._pending and self._at_rest()
 
     def _sweep(self, now_ns: int) -> None:
         """Once a second: give back what nobody uses."""
