@@ -7,6 +7,7 @@ its variant, not the run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,18 +69,15 @@ def build(
     bench = Bench(
         calibration.inputs, source.inputs, source.outputs, source.batch_axis, seed, say, kept.folder
     )
-    made_of: list[Any] = [
-        edge_runtime.__version__,
-        scratch.file_sha256(source.path),
-        datasets.fingerprint(calibration)["sha256"],
-        seed,
-    ]
     path = source.path
     try:
-        for step, one in zip(steps, chain.passes, strict=True):
-            made_of.append([step, one.versions()])
+        for step, one, key in zip(
+            steps, chain.passes, keys(chain, source, calibration, seed), strict=True
+        ):
             say(f"{chain.variant.name}: {step['use']}")
-            path = _applied(one, path, kept, scratch.key(*made_of), bench)
+            path = kept.made(
+                key, ending(one, path), functools.partial(one.apply, path, bench=bench)
+            )
         result = models.read(path)
     except EdgeError as error:
         return Built(chain.variant, None, "", steps, str(error))
@@ -87,9 +85,24 @@ def build(
     return Built(chain.variant, None if refusal else path, result.precision, steps, refusal)
 
 
-def _applied(one: Pass, path: Path, kept: scratch.Scratch, key: str, bench: Bench) -> Path:
-    ending = getattr(one, "ending", path.suffix)
-    return kept.made(key, ending, lambda draft: one.apply(path, draft, bench))
+def keys(chain: Chain, source: ModelFile, calibration: Dataset, seed: int) -> list[str]:
+    """Of each pass's result the name in the scratch folder: chains that begin alike share them."""
+    made_of: list[Any] = [
+        edge_runtime.__version__,
+        scratch.file_sha256(source.path),
+        datasets.fingerprint(calibration)["sha256"],
+        seed,
+    ]
+    found = []
+    for one in chain.passes:
+        made_of.append([passes.describe(one), one.versions()])
+        found.append(scratch.key(*made_of))
+    return found
+
+
+def ending(one: Pass, before: Path) -> str:
+    """Of the file that the pass makes of `before`."""
+    return str(getattr(one, "ending", before.suffix))
 
 
 def _changed(source: ModelFile, result: ModelFile) -> str:

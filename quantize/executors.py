@@ -9,6 +9,7 @@ the job as JSON on stdin, what it said as JSON in the file OUT.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import select
 import signal
@@ -89,10 +90,13 @@ def run(
     job_s_max: float = JOB_S_MAX,
     now_s: Callable[[], float] = time.monotonic,
     may_begin: Callable[[], bool] = lambda: True,
+    tick: Callable[[], None] = lambda: None,
+    tick_s: float = math.inf,
 ) -> Iterator[Done]:
     """Every job's end, in the order of ending. A lost job is tried ATTEMPTS_MAX times in all.
 
-    Jobs that have not begun when `may_begin` says no are left out.
+    Jobs that have not begun when `may_begin` says no are left out. `tick` is called after every
+    wait, and a wait is no longer than `tick_s`.
     Whoever stops reading early must close the executor.
     """
     waiting = deque((job, 1) for job in jobs)
@@ -108,7 +112,9 @@ def run(
         if not running:
             return
         first_s = min(one.deadline_s for one in running.values())
-        for key, said in executor.wait(max(first_s - now_s(), 0.0)):
+        ended = executor.wait(min(max(first_s - now_s(), 0.0), tick_s))
+        tick()
+        for key, said in ended:
             one = running.pop(key)
             if isinstance(said, Said):
                 yield Done(key, said, one.attempt)

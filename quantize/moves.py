@@ -174,8 +174,8 @@ def pruned(facts: Facts, found: Sequence[Trial], search: Search) -> list[Idea]:
 
 STAGES: tuple[Callable[[Facts, Sequence[Trial], Search], list[Idea]], ...] = (
     for_speed,
-    by_sensitivity,
     pruned,
+    by_sensitivity,
 )
 
 
@@ -288,7 +288,7 @@ def label(variant: Variant) -> str:
     last = variant.passes[-1] if variant.passes else {"use": "fp32"}
     words = [_LABELS.get(last["use"], last["use"].replace("_", "-"))]
     if any(step["use"] == "prune_channels" for step in variant.passes):
-        words.append("pruned")
+        words.append(pruning_label(variant))
     words += [
         str(last[key]) for key in ("method", "activations", "format", "preset") if key in last
     ]
@@ -297,6 +297,12 @@ def label(variant: Variant) -> str:
     if last.get("exclude"):
         words.append("mixed")
     return "-".join(words)
+
+
+def pruning_label(variant: Variant) -> str:
+    """How much is pruned, in percent."""
+    ratio = next(step["ratio"] for step in variant.passes if step["use"] == "prune_channels")
+    return f"pruned{100 * ratio:g}"
 
 
 _LABELS = {"static_int8": "int8", "nncf_int8": "nncf", "tflite_int8": "int8", "weight_only": "w8"}

@@ -34,6 +34,7 @@ from quantize import (
     results,
     scratch,
     sensitivity,
+    trainings,
     trials,
     verdict,
     workflow,
@@ -134,6 +135,9 @@ class _Run:
         self.found: list[Trial] = []
         self.layers: tuple[sensitivity.Layer, ...] = ()
         self._tried: set[str] = set()
+        self._trainings = trainings.Trainings(
+            recipe, self.kept, executor, say, lambda: self.clock.left_s
+        )
 
     @property
     def over(self) -> bool:
@@ -165,21 +169,38 @@ class _Run:
             for number, (key, idea) in enumerate(batch, first)
         ]
         remembered = {one.key: self.journal.get(one.key) for one in planned}
-        new = [one for one in planned if not remembered[one.key]]
-        made = {one.key: one for one in self._tried_out(new)}
+        able, untrained = self._trained([one for one in planned if not remembered[one.key]])
+        made = {one.key: one for one in self._tried_out(able)}
+        failed = {one.key: one for one in untrained}
         for one in planned:
             old = remembered[one.key]
-            trial = made.get(one.key)
+            trial = made.get(one.key) or failed.get(one.key)
             if old is not None:
                 trial = msgspec.structs.replace(
                     old, number=one.number, variant=one.variant, why=one.why
                 )
             if trial is not None:
                 self.found.append(trial)
-        for trial in made.values():
+        for trial in made.values():  # what a training refused is tried again by the next command
             self.journal.add(trial)
 
+    def _trained(self, planned: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
+        """Those that can be tried now, and those whose training failed; without those for whose
+        training the time is too short."""
+        needed = {one.key: trainings.of(self.ready, one.variant) for one in planned}
+        missing = self._trainings.made([one for one in needed.values() if one])
+        able, refused = [], []
+        for one in planned:
+            training = needed[one.key]
+            why = missing.get(training.key) if training else None
+            if why is None:
+                able.append(one)
+            elif why.reason:
+                refused.append(msgspec.structs.replace(one, refusal=why.reason))
+        return able, refused
+
     def _tried_out(self, planned: Sequence[Trial]) -> list[Trial]:
+        """A batch that may begin ends, also if training took the time that was left."""
         jobs = [
             Job(
                 one.key,
@@ -189,13 +210,14 @@ class _Run:
             for one in planned
         ]
         by_key = {one.key: one for one in planned}
+        trained = any(trainings.is_trained(one.variant) for one in planned)
         ended = []
         done: Done
         for done in executors.run(
             self.executor,
             jobs,
             now_s=self.clock.now_s,
-            may_begin=lambda: self.clock.left_s > 0,
+            may_begin=lambda: trained or self.clock.left_s > 0,
         ):
             ended.append(_ended(by_key[done.key], done))
             self._tell(ended[-1])
