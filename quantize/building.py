@@ -67,7 +67,7 @@ def build(
     """The variant's file; made now, or earlier by the same passes from the same data."""
     steps = tuple(passes.describe(one) for one in chain.passes)
     bench = Bench(
-        calibration.inputs, source.inputs, source.outputs, source.batch_axis, seed, say, kept.folder
+        calibration.feeds, source.inputs, source.outputs, source.batch_axis, seed, say, kept.folder
     )
     path = source.path
     try:

@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from quantize import rows
 from quantize.results import Activation, Finding
+from quantize.rows import Samples
 
 Array = np.ndarray[Any, Any]
 
 CHANNEL_ORDER, SCALE, CLIPPED = "channel-order", "scale", "clipped-ranges"
 TRUNCATED, LABELS = "truncated-calibration", "labels"
+OVERLAP, DUPLICATES = "overlap", "duplicates"
 
 # Chance of a false alarm of each test, before it is divided by the number of tensors tried.
 ALARM = 1e-6
@@ -40,16 +43,20 @@ EXPECTED_MIN = -float(np.log(ALARM))
 # The float model right on so much less than its own answers, renamed, could be: labels are renamed.
 RENAMED_FACTOR = 0.5
 PER_CLASS_MIN = 5
+# Below it what copies add to the certainty of an interval is less than its own rounding.
+DUPLICATES_SHARE = 0.01
+# Scale and order are seen in so many samples, evenly spread: their means are known to 2 %.
+LOOKED_AT_MAX = 2000
 NAMED = 3  # of many tensors or classes, so many are named
 
 
-def inputs(calibration: Mapping[str, Array], evaluation: Mapping[str, Array]) -> list[Finding]:
+def inputs(calibration: Mapping[str, Samples], evaluation: Mapping[str, Samples]) -> list[Finding]:
     """Scale and channel order of each input; [samples, ...] each."""
     found: list[Finding] = []
-    for name, mine in calibration.items():
-        other = evaluation[name]
-        if mine.dtype.kind not in "fiu" or not mine.size:
+    for name, given in calibration.items():
+        if given.dtype.kind not in "fiu" or not rows.size_bytes(given):
             continue
+        mine, other = (rows.spread(one, LOOKED_AT_MAX) for one in (given, evaluation[name]))
         wrong = [*_scale(name, mine, other)] or [*_channel_order(name, mine, other)]
         found += wrong
     return found
@@ -112,9 +119,10 @@ def _by_channel(array: Array, axis: int) -> Array:
     Returns:
         [samples, 2, channels]
     """
-    rows = np.moveaxis(array, axis, 1)
-    flat = rows.reshape(*rows.shape[:2], -1).astype(np.float64)
-    both = np.stack([flat.mean(axis=2), flat.std(axis=2)], axis=1)
+    by_channel = np.moveaxis(array, axis, 1)
+    flat = by_channel.reshape(*by_channel.shape[:2], -1)
+    sums = [one(flat, axis=2, dtype=np.float64) for one in (np.mean, np.std)]
+    both = np.stack(sums, axis=1)
     return np.asarray(both - both.mean(axis=2, keepdims=True))
 
 
@@ -124,6 +132,40 @@ def _misfit(mine: Array, other: Array, order: tuple[int, ...]) -> float:
     error = mine.var(axis=0) / len(mine) + other.var(axis=0) / len(other)
     lost = (mine.mean(axis=0) - other.mean(axis=0)) ** 2
     return float((lost / np.maximum(error, 1e-12)).sum())
+
+
+# --- which samples --------------------------------------------------------------------------------
+
+
+def overlap(same: int, gone: int, samples: int) -> list[Finding]:
+    """Samples that calibrate and would judge too.
+
+    Args:
+        same: evaluation samples that are exact copies. gone: those and the others of their groups.
+    """
+    if not same:
+        return []
+    whose = "" if same == gone else f"; with the others of their groups {gone}"
+    return [
+        Finding(
+            OVERLAP,
+            f"{same} of {samples} evaluation samples are in the calibration set too{whose}: they"
+            " were left out, because a quantizer has seen them; calibrate with other data",
+        )
+    ]
+
+
+def duplicates(copies: int, samples: int) -> list[Finding]:
+    """Evaluation samples that are exact copies of others."""
+    if copies <= DUPLICATES_SHARE * samples:
+        return []
+    return [
+        Finding(
+            DUPLICATES,
+            f"{copies} of {samples} evaluation samples are copies of others: intervals and the test"
+            " count them and are too sure; remove them, or give `groups`",
+        )
+    ]
 
 
 # --- ranges ---------------------------------------------------------------------------------------
@@ -270,11 +312,16 @@ def _renamed(said: Array, given: Array) -> tuple[list[int], list[int], float]:
     return names, usual, hits / len(given) * distinct
 
 
+# These make figures wrong, not answers.
+_NO_REASON = frozenset({LABELS, OVERLAP, DUPLICATES})
+
+
 def reason(findings: Sequence[Finding], variant: str) -> str:
     """What of the data may explain that a variant answers wrongly; empty if nothing does."""
     mine = [
         one
         for one in findings
-        if one.fault != LABELS and (one.fault != CLIPPED or one.text.startswith(f"{variant}:"))
+        if one.fault not in _NO_REASON
+        and (one.fault != CLIPPED or one.text.startswith(f"{variant}:"))
     ]
     return "; ".join(f"{one.fault}: {one.text.removeprefix(f'{variant}: ')}" for one in mine)

@@ -64,6 +64,7 @@ class Compared(msgspec.Struct, frozen=True):
     second: Side
     loss: Difference
     speedup: float
+    groups: int = 0  # that the samples are in; 0: each is its own
 
 
 def outcomes(first: Outcome, second: Outcome) -> tuple[list[Pair], list[str]]:
@@ -134,9 +135,10 @@ def model_files(
             expected=f"{len(sides[0].outputs)}, as {paths[0].name}",
         )
     whole = datasets.load(data, sides[0].inputs)
-    if evaluation.samples and evaluation.samples < len(whole):
-        order = np.random.Generator(np.random.PCG64(evaluation.seed)).permutation(len(whole))
-        whole = whole.take(np.sort(order[: evaluation.samples]))
+    whole = datasets.some(whole, evaluation.samples, evaluation.seed)
+    datasets.enough(whole)
+    for finding in datasets.repeated(whole):
+        say(f"{finding.fault}: {finding.text}")
     ours = sides[0].outputs
     judged = judging.judged(evaluation, ours, whole.labels, None, whole.where)
     place = [spec.name for spec in ours].index(judged.output)
@@ -151,15 +153,16 @@ def model_files(
         Side(
             str(path),
             f"{one.backend} {answer.backend_version}",
-            scores.interval(each, confidence, evaluation.seed),
+            scores.interval(each, confidence, evaluation.seed, whole.groups),
             time.p50_ms,
             path.stat().st_size,
         )
         for path, one, answer, each, time in zip(paths, candidates, got, points, times, strict=True)
     ]
-    loss = scores.difference(points[0], points[1], confidence, evaluation.seed)
+    loss = scores.difference(points[0], points[1], confidence, evaluation.seed, whole.groups)
     speedup = latency.ratio(times[0], times[1])
-    return Compared(judged.name, len(whole), confidence, found[0], found[1], loss, speedup)
+    groups = 0 if whole.groups is None else whole.units
+    return Compared(judged.name, len(whole), confidence, found[0], found[1], loss, speedup, groups)
 
 
 def _candidate(name: str, one: ModelFile, threads: int) -> Candidate:

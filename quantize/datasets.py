@@ -1,76 +1,108 @@
 """Samples: arrays by input name, with labels or without, and which of them are for what.
 
-Law of this file: it reads data and nothing else; what a pixel becomes is said by the recipe. Every
-sample has the first axis to itself; a model's batch axis is not assumed. Selection is by seed, so
-that the same recipe sees the same samples.
+Law of this file: it decides which samples fit and which are for what; `sources` reads them, and
+what a pixel becomes is said by the recipe. Every sample has the first axis to itself; a model's
+batch axis is not assumed. Selection is by seed, so that the same recipe sees the same samples. No
+sample both calibrates and judges, nor do two of one group.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import sys
-import zipfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from edge_runtime import tensors
-from edge_runtime.errors import EdgeError, NotFoundError, UsageError
+from edge_runtime.errors import UsageError
 from edge_runtime.tensors import TensorSpec
-from quantize import foreign
-from quantize import recipe as recipes
+from quantize import checks, clusters, rows, sources
 from quantize.recipe import Data
+from quantize.results import Finding
+from quantize.rows import Rows, Samples
+from quantize.sources import GROUPS, Found
 
 Array = np.ndarray[Any, Any]
-
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-INPUT, LABELS = "x", "y"
-LABELS_FILE = "labels.csv"  # beside images that lie side by side
-# Keeps the hash of a large data set to seconds; the shapes and both ends are in it anyway.
-FINGERPRINT_BYTES_MAX = 1 << 30
+Feeds = dict[str, Array]
 
 
-class Dataset(NamedTuple):
+class Facts(NamedTuple):
+    """What one look at every sample says, by sample.
+
+    Attributes:
+        digests: [samples, 2] 64-bit integers, of the bytes of all inputs.
+        ranges: per input name [samples, 2]: smallest and largest value, where they are numbers.
+    """
+
+    digests: Array
+    ranges: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Dataset:
     """Samples with their labels.
 
     Attributes:
-        inputs: per input name an array [samples, ...].
+        inputs: per input name [samples, ...]: arrays, or rows that are read when asked for.
         labels: [samples] or [samples, ...]; None: there are none.
         where: what it was read from, for messages.
         notes: what a reader should know of how it was read.
+        groups: [samples] whole numbers; samples with the same one belong together (views of one
+            photograph, windows of one recording). None: every sample is one of its own.
+        facts: see `known`; None: nobody looked yet.
     """
 
-    inputs: dict[str, Array]
+    inputs: Mapping[str, Samples]
     labels: Array | None
     where: str
     notes: tuple[str, ...] = ()
+    groups: Array | None = None
+    facts: Facts | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
 
     def take(self, chosen: Array) -> Dataset:
         """The samples at these indices."""
-        return Dataset(
-            {name: array[chosen] for name, array in self.inputs.items()},
-            None if self.labels is None else self.labels[chosen],
-            self.where,
-            self.notes,
+        facts = self.facts and Facts(
+            self.facts.digests[chosen],
+            {name: one[chosen] for name, one in self.facts.ranges.items()},
+        )
+        return replace(
+            self,
+            inputs={name: rows.taken(array, chosen) for name, array in self.inputs.items()},
+            labels=None if self.labels is None else self.labels[chosen],
+            groups=None if self.groups is None else self.groups[chosen],
+            facts=facts,
         )
 
     def labelled(self, labels: Array | None) -> Dataset:
         """The same samples with other labels."""
-        return Dataset(self.inputs, labels, self.where, self.notes)
+        return replace(self, labels=labels)
+
+    @property
+    def feeds(self) -> Feeds:
+        """All samples in memory: what calibrates is read over and over."""
+        return {name: np.asarray(array[:]) for name, array in self.inputs.items()}
+
+    @property
+    def units(self) -> int:
+        """How many groups, or samples where there are none: what a statement is made of."""
+        return len(self) if self.groups is None else clusters.count(self.groups)
 
 
 class Split(NamedTuple):
-    """What calibrates and what judges; no sample is in both."""
+    """What calibrates and what judges; no sample is in both.
+
+    `findings`: samples that were, and samples that are there more than once.
+    """
 
     calibration: Dataset
     evaluation: Dataset
     notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
 
 def load(data: Data, specs: tuple[TensorSpec, ...], path: str = "") -> Dataset:
@@ -78,20 +110,15 @@ def load(data: Data, specs: tuple[TensorSpec, ...], path: str = "") -> Dataset:
 
     Args:
         specs: the model's inputs; a sample is what one of them is without its batch axis, or with
-            it when that is 1. Where the first axis is fixed to more (a state), a sample is all.
+            it when that is 1. Where the first axis is fixed to more (a state), a sample is all; of
+            an input without axes it is one value, and a single value is that of all samples.
         path: another place than `data.path` (the calibration set).
 
     Raises:
         NotFoundError, UsageError: there are none, or they do not fit.
     """
     where = path or data.path
-    if recipes.is_callable(where):
-        found = _from_callable(where, specs)
-    elif Path(where).is_dir():
-        found = _from_images(Path(where), data, specs)
-    else:
-        found = _from_npz(Path(where), specs)
-    return _fitted(found, specs)
+    return _fitted(sources.read(where, data, specs), specs, where)
 
 
 def split(
@@ -105,7 +132,8 @@ def split(
     """Calibration samples and evaluation samples that have nothing in common.
 
     Args:
-        calibration: its own set; None: `samples` of `whole`, which evaluation leaves out.
+        calibration: its own set; None: `samples` of `whole`, which evaluation leaves out. Groups
+            are not divided. Samples of `whole` that calibrate all the same, exact copies, leave it.
         judged: at most so many are evaluated; 0: all that are left.
 
     Raises:
@@ -113,281 +141,253 @@ def split(
     """
     notes: list[str] = []
     if calibration is None:
-        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(whole))
-        if len(whole) < 2:
-            raise UsageError(
-                f"{len(whole)} samples", where=whole.where, expected="two at the very least"
-            )
-        count = min(samples, max(len(whole) // 3, 1))  # most are for judging
-        if count < samples:
-            notes.append(f"calibrated with {count} samples: a third of the {len(whole)} there are")
-        calibration, rest = whole.take(np.sort(order[:count])), whole.take(np.sort(order[count:]))
+        ours, rest = _parted(whole, samples, seed, notes)
     else:
-        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(calibration))
         if len(calibration) < samples:
             notes.append(f"calibrated with {len(calibration)} samples: all there are")
-        calibration, rest = calibration.take(np.sort(order[:samples])), whole
-    if judged and judged < len(rest):
-        chosen = np.random.Generator(np.random.PCG64(judge_seed)).permutation(len(rest))[:judged]
-        rest = rest.take(np.sort(chosen))
-    return Split(calibration, rest, tuple(notes))
+        ours, rest = some(calibration, samples, seed), whole
+    ours = known(replace(ours, inputs=ours.feeds))
+    rest, findings = _apart(ours, known(some(rest, judged, judge_seed)))
+    enough(rest)
+    if rest.groups is not None:
+        notes.append(f"{len(rest)} samples in {rest.units} groups judge")
+    return Split(ours, rest, tuple(notes), (*findings, *repeated(rest)))
+
+
+def some(data: Dataset, count: int, seed: int) -> Dataset:
+    """At most `count` samples in their order, chosen by chance; 0: all."""
+    if not count or count >= len(data):
+        return data
+    return data.take(np.sort(_shuffled(len(data), seed)[:count]))
+
+
+def _shuffled(count: int, seed: int) -> Array:
+    return np.random.Generator(np.random.PCG64(seed)).permutation(count)
+
+
+def _parted(whole: Dataset, samples: int, seed: int, notes: list[str]) -> tuple[Dataset, Dataset]:
+    """A third at most for calibration, most for judging; whole groups."""
+    enough(whole)
+    count = min(samples, max(len(whole) // 3, 1))
+    if whole.groups is None:
+        order = _shuffled(len(whole), seed)
+        mine, rest = np.sort(order[:count]), np.sort(order[count:])
+    else:
+        mine, rest = _whole_groups(whole.groups, count, seed)
+    if len(mine) < samples:
+        notes.append(f"calibrated with {len(mine)} samples: a third of the {len(whole)} there are")
+    return whole.take(mine), whole.take(rest)
+
+
+def _whole_groups(groups: Array, count: int, seed: int) -> tuple[Array, Array]:
+    """Indices of samples of chance groups, one at least, up to `count`; and of the others."""
+    names = np.unique(groups)
+    names = names[_shuffled(len(names), seed)]
+    sizes = np.cumsum([(groups == name).sum() for name in names])
+    first = names[: max(int((sizes <= count).sum()), 1)]
+    return np.flatnonzero(np.isin(groups, first)), np.flatnonzero(~np.isin(groups, first))
+
+
+def _apart(calibration: Dataset, evaluation: Dataset) -> tuple[Dataset, list[Finding]]:
+    """Evaluation without samples that calibrate, nor others of their groups; and how many left."""
+    assert calibration.facts is not None and evaluation.facts is not None
+    same = np.isin(evaluation.facts.digests[:, 0], calibration.facts.digests[:, 0])
+    groups = evaluation.groups
+    gone = same if groups is None else np.isin(groups, groups[same])
+    findings = checks.overlap(int(same.sum()), int(gone.sum()), len(evaluation))
+    if gone.all():
+        raise UsageError(
+            findings[0].text,
+            where=evaluation.where,
+            expected="samples to judge by that no quantizer has seen",
+            remedy="give other data to calibrate with, or none: then a part of these does",
+        )
+    return (evaluation.take(np.flatnonzero(~gone)) if gone.any() else evaluation), findings
+
+
+def enough(data: Dataset) -> None:
+    """Raises: UsageError where nothing can be said of other samples than these."""
+    if data.units < 2:
+        what = f"{len(data)} samples" + ("" if data.groups is None else f" in {data.units} group")
+        raise UsageError(
+            what,
+            where=data.where,
+            expected="two at the very least" + ("" if data.groups is None else ", of two groups"),
+        )
+
+
+def repeated(data: Dataset) -> list[Finding]:
+    """Samples that are there more than once; those of one group count as one anyway."""
+    facts = known(data).facts
+    assert facts is not None
+    _, firsts = np.unique(facts.digests[:, 0], return_inverse=True)
+    firsts = firsts.reshape(-1)
+    pairs = firsts if data.groups is None else np.stack([firsts, data.groups], axis=1)
+    copies = len(np.unique(pairs, axis=0)) if data.groups is not None else len(firsts)
+    return checks.duplicates(copies - len(np.unique(firsts)), len(data))
+
+
+def known(data: Dataset) -> Dataset:
+    """The data set with its facts; every sample is read for them, once."""
+    if data.facts is not None:
+        return data
+    ranges: dict[str, Array] = {}
+    digests = [hashlib.blake2b(digest_size=16) for _ in range(len(data))]
+    for name, array in sorted(data.inputs.items()):
+        place, found = 0, []
+        for piece in rows.pieces(array):
+            flat = np.ascontiguousarray(piece).reshape(len(piece), -1)
+            for one in flat:
+                digests[place].update(one.data)
+                place += 1
+            if flat.dtype.kind in "biuf" and flat.size:
+                found.append(np.stack([flat.min(axis=1), flat.max(axis=1)], axis=1))
+        if found:
+            ranges[name] = np.concatenate(found).astype(np.float64)
+    whole = b"".join(one.digest() for one in digests)
+    return replace(data, facts=Facts(np.frombuffer(whole, "<u8").reshape(-1, 2), ranges))
 
 
 def fingerprint(data: Dataset) -> dict[str, Any]:
     """What a manifest says of the calibration set: count, sha256, and range by input."""
-    digest, budget = hashlib.sha256(), FINGERPRINT_BYTES_MAX
+    facts = known(data).facts
+    assert facts is not None
+    digest = hashlib.sha256()
     for name, array in sorted(data.inputs.items()):
-        raw = tensors.to_bytes(array)[:budget]
-        budget -= len(raw)
         digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(raw)
+    digest.update(facts.digests.tobytes())
     ranges = {
-        name: [float(array.min()), float(array.max())]
-        for name, array in data.inputs.items()
-        if array.dtype.kind in "biuf" and array.size
+        name: [float(one[:, 0].min()), float(one[:, 1].max())]
+        for name, one in facts.ranges.items()
+        if len(one)
     }
-    return {"samples": len(data), "sha256": digest.hexdigest(), "range": ranges}
+    groups = {} if data.groups is None else {"groups": data.units}
+    return {"samples": len(data), "sha256": digest.hexdigest(), "range": ranges} | groups
 
 
 def batches(
-    inputs: dict[str, Array], rows: int, specs: tuple[TensorSpec, ...]
-) -> Iterator[dict[str, Array]]:
-    """Consecutive samples, at most `rows` at a time, as a model with these inputs takes them."""
-    count = len(next(iter(inputs.values())))
-    for first in range(0, count, rows):
-        part = {name: array[first : first + rows] for name, array in inputs.items()}
+    inputs: Mapping[str, Samples], count: int, specs: tuple[TensorSpec, ...]
+) -> Iterator[Feeds]:
+    """Consecutive samples, at most `count` at a time, as a model with these inputs takes them."""
+    samples = len(next(iter(inputs.values())))
+    for first in range(0, samples, count):
+        part = {name: np.asarray(one[first : first + count]) for name, one in inputs.items()}
         yield fed(part, specs)
 
 
-def fed(part: dict[str, Array], specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
+def fed(part: Feeds, specs: tuple[TensorSpec, ...]) -> Feeds:
     """Samples as a run takes them: without the samples' axis where an input has none (a state)."""
     ranks = {spec.name: len(spec.shape) for spec in specs}
     return {
-        name: array[0] if array.ndim == ranks.get(name, array.ndim) + 1 else array
+        name: array[0, ...] if array.ndim == ranks.get(name, array.ndim) + 1 else array
         for name, array in part.items()
     }
 
 
-# --- where they come from -------------------------------------------------------------------------
+# --- whether they fit -----------------------------------------------------------------------------
 
 
-def _from_npz(path: Path, specs: tuple[TensorSpec, ...]) -> Dataset:
-    try:
-        opened = np.load(path, allow_pickle=False)
-        if isinstance(opened, np.ndarray):
-            raise ValueError("it holds one array without a name")
-        with opened as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except FileNotFoundError as e:
-        raise NotFoundError("there are no such data", where=str(path)) from e
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as e:
-        raise UsageError(
-            f"is not an .npz of plain arrays: {e}",
-            where=str(path),
-            expected=f"numpy.savez({path.name!r}, {INPUT}=inputs, {LABELS}=labels)",
-        ) from e
-    labels = arrays.pop(LABELS, None)
-    names = [spec.name for spec in specs]
-    if INPUT in arrays and len(specs) == 1 and INPUT not in names:
-        arrays[names[0]] = arrays.pop(INPUT)
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        raise UsageError(
-            f"has no array for input {missing[0]!r}, only {', '.join(sorted(arrays)) or 'none'}",
-            where=str(path),
-            expected=f"{INPUT!r}, or one array per input: {', '.join(names)}",
-        )
-    return Dataset({name: arrays[name] for name in names}, labels, str(path))
-
-
-def _from_callable(text: str, specs: tuple[TensorSpec, ...]) -> Dataset:
-    function = foreign.function(text, "data")
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the outcome
-            inputs, labels = function()
-        given = inputs if isinstance(inputs, dict) else {specs[0].name: inputs}
-        arrays = {str(key): np.asarray(value) for key, value in given.items()}
-        labels = None if labels is None else np.asarray(labels)
-    except (KeyboardInterrupt, EdgeError):
-        raise
-    except BaseException as e:  # the user's own code, which may raise or exit as it likes
-        raise UsageError(
-            f"failed: {type(e).__name__}: {e}",
-            where=text,
-            expected="(inputs, labels or None); inputs an array, or one array per input by name",
-        ) from e
-    missing = [spec.name for spec in specs if spec.name not in arrays]
-    if missing:
-        raise UsageError(
-            f"returned no array for input {missing[0]!r}, only {', '.join(arrays) or 'none'}",
-            where=text,
-            expected=", ".join(spec.name for spec in specs),
-        )
-    return Dataset(arrays, labels, text)
-
-
-def _from_images(folder: Path, data: Data, specs: tuple[TensorSpec, ...]) -> Dataset:
-    """One folder per class (labels by sorted name), or images side by side (labels.csv, if any)."""
-    if len(specs) != 1:
-        raise UsageError(
-            f"the model has {len(specs)} inputs", where=str(folder), expected="one, for images"
-        )
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    groups = [(number, _images(entry)) for number, entry in enumerate(classes)]
-    if not classes:
-        groups = [(0, _images(folder))]
-    files = [(number, file) for number, some in groups for file in some]
-    if not files:
-        raise UsageError(
-            "holds no images",
-            where=str(folder),
-            expected="files ending in " + ", ".join(IMAGE_ENDINGS),
-        )
-    shape = _image_shape(specs[0], data, folder)
-    first = _read_image(files[0][1], data, shape)
-    pixels = np.empty((len(files), *first.shape), _pixel_type(specs[0], data))
-    for place, (_, file) in enumerate(files):
-        pixels[place] = _read_image(file, data, shape)
-    labels = np.array([number for number, _ in files]) if classes else None
-    if not classes and (folder / LABELS_FILE).exists():
-        labels = _labels_of([file.name for _, file in files], folder / LABELS_FILE)
-    note = (
-        f"images were given as {data.color} {shape[1]}x{shape[0]}, pixels * {data.pixel_scale:.4g}"
-        f" - {list(data.mean)}, / {list(data.std)}; another scale goes into a recipe's data"
-    )
-    return Dataset({specs[0].name: pixels}, labels, str(folder), (note,))
-
-
-def _pixel_type(spec: TensorSpec, data: Data) -> Any:
-    """Whole pixels for a model that takes whole pixels; else floats, which `_fit` judges."""
-    untouched = data.pixel_scale == 1 and not any(data.mean) and set(data.std) == {1.0}
-    return np.uint8 if spec.datatype == "UINT8" and untouched else np.float32
-
-
-def _labels_of(names: list[str], path: Path) -> Array:
-    """Labels of images in the order of `names`, from lines `file,class` (a number)."""
-    try:
-        rows = [line.split(",") for line in path.read_text().splitlines() if line.strip()]
-        known = {row[0].strip(): int(row[1]) for row in rows if row[1].strip().isdigit()}
-    except (OSError, UnicodeDecodeError, IndexError) as e:
-        raise UsageError(
-            f"cannot be read: {e}", where=str(path), expected="lines of file,class"
-        ) from e
-    missing = [name for name in names if name not in known]
-    if missing:
-        raise UsageError(
-            f"names no class (a number) for {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
-            where=str(path),
-            expected="a line file,class for every image",
-        )
-    return np.array([known[name] for name in names])
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_ENDINGS)
-
-
-def _image_shape(spec: TensorSpec, data: Data, folder: Path) -> tuple[int, int]:
-    """Height and width."""
-    rows = spec.shape[2:4] if data.layout == "NCHW" else spec.shape[1:3]
-    height, width = (
-        data.height or (rows[0] if len(rows) == 2 else -1),
-        data.width or (rows[1] if len(rows) == 2 else -1),
-    )
-    if height < 1 or width < 1:
-        raise UsageError(
-            f"the model's input {spec.name!r} {list(spec.shape)} does not say the size of an image",
-            where=str(folder),
-            remedy="give data.width and data.height",
-        )
-    return height, width
-
-
-def _read_image(file: Path, data: Data, shape: tuple[int, int]) -> Array:
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as e:
-        raise UsageError(
-            "images need Pillow", where=str(file), remedy="pip install 'edge-runtime[image]'"
-        ) from e
-    try:
-        with Image.open(file) as opened:
-            mode = "L" if data.color == "L" else "RGB"
-            picture = opened.convert(mode).resize(shape[::-1], Image.Resampling.BILINEAR)
-            pixels = np.asarray(picture, dtype=np.float32)
-    except (OSError, UnidentifiedImageError) as e:
-        raise UsageError(f"is no image that can be read: {e}", where=str(file)) from e
-    pixels = pixels.reshape(*shape, -1)
-    if data.color == "BGR":
-        pixels = pixels[..., ::-1]
-    mean, std = (np.array(one, dtype=np.float32) for one in (data.mean, data.std))
-    pixels = np.asarray((pixels * np.float32(data.pixel_scale) - mean) / std)
-    return pixels.transpose(2, 0, 1) if data.layout == "NCHW" else pixels
-
-
-def _fitted(data: Dataset, specs: tuple[TensorSpec, ...]) -> Dataset:
+def _fitted(found: Found, specs: tuple[TensorSpec, ...], where: str) -> Dataset:
     """As the model wants them: [samples, *shape without the batch axis], right datatype.
 
     Integers become the model's float exactly where the model wants floats; no other conversion is
     made, and nothing is scaled: a scale that nobody stated is how answers become wrong.
     """
-    count = {len(array) if array.ndim else 0 for array in data.inputs.values()}
-    if data.labels is not None:
-        count.add(len(data.labels) if data.labels.ndim else 0)
+    given = _repeated_values(found.inputs, specs)
+    count = {len(array) if array.shape else 0 for array in given.values()}
+    for beside in (found.labels, found.groups):
+        if beside is not None:
+            count.add(len(beside) if beside.ndim else 0)
     if len(count) != 1 or 0 in count:
         raise UsageError(
             f"arrays hold {', '.join(map(str, sorted(count)))} samples",
-            where=data.where,
+            where=where,
             expected="the same number, at least one, in all",
         )
-    inputs = {spec.name: _fit(data.inputs[spec.name], spec, data.where) for spec in specs}
+    inputs = {spec.name: _fit(given[spec.name], spec, where) for spec in specs}
     notes = tuple(
-        f"{spec.name!r} is {data.inputs[spec.name].dtype} and was given to the model as {one.dtype}"
-        f" of {one.min():g} to {one.max():g}; nothing was scaled"
-        for spec, one in ((spec, inputs[spec.name]) for spec in specs)
-        if data.inputs[spec.name].dtype.kind in "iu" and one.dtype.kind == "f"
+        _unscaled(name, given[name].dtype, one)
+        for name, one in inputs.items()
+        if given[name].dtype.kind in "iu" and one.dtype.kind == "f"
     )
-    return Dataset(inputs, data.labels, data.where, (*data.notes, *notes))
+    groups = None if found.groups is None else _codes(found.groups, where)
+    return Dataset(inputs, found.labels, where, (*found.notes, *notes), groups)
 
 
-def _fit(array: Array, spec: TensorSpec, where: str) -> Array:
+def _unscaled(name: str, given: Any, one: Samples) -> str:
+    few = rows.spread(one, 100) if isinstance(one, Rows) else np.asarray(one)
+    return (
+        f"{name!r} is {given} and was given to the model as {one.dtype} of {few.min():g} to"
+        f" {few.max():g}; nothing was scaled"
+    )
+
+
+def _repeated_values(
+    given: dict[str, Samples], specs: tuple[TensorSpec, ...]
+) -> dict[str, Samples]:
+    """A single value for an input without axes is the value of every sample."""
+    lone = [spec.name for spec in specs if not spec.shape and not given[spec.name].shape]
+    count = max((len(one) for one in given.values() if one.shape), default=1)
+    wide: dict[str, Samples] = {name: np.repeat(np.asarray(given[name]), count) for name in lone}
+    return {**given, **wide}
+
+
+def _codes(groups: Array, where: str) -> Array:
+    """Groups as integers [samples]; they may be given as whole numbers or as names."""
+    if groups.ndim != 1 or groups.dtype.kind not in "biuSU":
+        raise UsageError(
+            f"{GROUPS!r} is {list(groups.shape)} {groups.dtype}",
+            where=where,
+            expected="one whole number or name for each sample",
+        )
+    return np.unique(groups, return_inverse=True)[1].reshape(-1)
+
+
+def _fit(array: Samples, spec: TensorSpec, where: str) -> Samples:
     if spec.datatype == "BF16" or spec.datatype == "BYTES":
         raise UsageError(f"input {spec.name!r} is {spec.datatype}", where=where, expected="numbers")
     wanted = np.dtype(tensors.DATATYPES[spec.datatype][0])
-    if array.dtype != wanted:
-        if not (wanted.kind == "f" and array.dtype.kind in "fiu") and not (
-            wanted.kind in "iu" and array.dtype.kind in "iu"
-        ):
+    if not _fits(array.dtype.kind, wanted.kind) and array.dtype != wanted:
+        raise UsageError(
+            f"{spec.name!r} has dtype {array.dtype}", where=where, expected=str(wanted)
+        )
+    # Where the first axis is fixed to more than 1, as of a state, a sample is all of it.
+    one = spec.shape[1:] if spec.shape and spec.shape[0] in (-1, 1) else spec.shape
+    inner = array.shape[1:]
+    if not tensors.shape_matches(inner, one):
+        if not (tensors.shape_matches(inner, spec.shape) and inner[0] == 1):
             raise UsageError(
-                f"{spec.name!r} has dtype {array.dtype}", where=where, expected=str(wanted)
+                f"{spec.name!r} has shape {list(array.shape)}",
+                where=where,
+                expected="[samples]"
+                if not one
+                else f"[samples, {', '.join(map(str, one))}] (-1: any size)",
             )
+        inner = inner[1:]  # each sample came with a batch axis of its own
+
+    def change(part: Array) -> Array:
+        return _converted(part.reshape(len(part), *inner), wanted, spec.name, where)
+
+    if isinstance(array, Rows):
+        return array.changed(change, inner, wanted)
+    return change(np.asarray(array))
+
+
+def _fits(given: str, wanted: str) -> bool:
+    return (wanted == "f" and given in "fiu") or (wanted in "iu" and given in "iu")
+
+
+def _converted(array: Array, wanted: np.dtype[Any], name: str, where: str) -> Array:
+    if array.dtype != wanted:
         converted = array.astype(wanted)
         if wanted.kind in "iu" and not np.array_equal(converted, array):
-            raise UsageError(f"{spec.name!r} does not fit {wanted}", where=where)
+            raise UsageError(f"{name!r} does not fit {wanted}", where=where)
         array = converted
     if wanted.kind == "f" and not np.isfinite(array).all():
         bad = int((~np.isfinite(array).reshape(len(array), -1).all(axis=1)).sum())
         raise UsageError(
-            f"{spec.name!r} holds NaN or infinity in {bad} of {len(array)} samples",
+            f"{name!r} holds NaN or infinity in {bad} of {len(array)} samples",
             where=where,
             expected="numbers: one of these would spoil every range that is calibrated",
-        )
-    if not spec.shape:
-        raise UsageError(
-            f"input {spec.name!r} {list(spec.shape)} has no first axis for samples",
-            where=where,
-            expected="a first axis that is free (-1) or 1, or a fixed shape (a state)",
-            remedy="export the model with such an axis",
-        )
-    # Where the first axis is fixed to more than 1, as of a state, a sample is all of it.
-    one = spec.shape[1:] if spec.shape[0] in (-1, 1) else spec.shape
-    if not tensors.shape_matches(array.shape[1:], one):
-        if tensors.shape_matches(array.shape[1:], spec.shape) and array.shape[1] == 1:
-            return array[:, 0]  # each sample came with a batch axis of its own
-        raise UsageError(
-            f"{spec.name!r} has shape {list(array.shape)}",
-            where=where,
-            expected=f"[samples, {', '.join(map(str, one))}] (-1: any size)",
         )
     return array

@@ -270,8 +270,8 @@ def _scored(judge: Judge, got: Served, reference: Served | str) -> dict[str, Any
     mine = judge.metric.score(got.outputs[judge.output], judge.data.labels, want)
     theirs = judge.metric.score(want, judge.data.labels, want)
     return {
-        "score": scores.interval(mine, confidence, seed),
-        "against": scores.difference(theirs, mine, confidence, seed),
+        "score": scores.interval(mine, confidence, seed, judge.data.groups),
+        "against": scores.difference(theirs, mine, confidence, seed, judge.data.groups),
     }
 
 

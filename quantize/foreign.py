@@ -7,6 +7,7 @@ the libraries. Each door says what it was doing.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import io
 import logging
@@ -62,3 +63,16 @@ def function(text: str, where: str) -> Callable[..., Any]:
     if not callable(found):
         raise UsageError(f"{text!r} is no function", where=where)
     return found  # type: ignore[no-any-return]
+
+
+def code_sha256(text: str, where: str) -> str:
+    """Of the file that holds `module:function`: results of other code are not taken again.
+
+    What that file imports is not looked at. Empty for no function, or one without a file.
+
+    Raises:
+        UsageError: it cannot be imported.
+    """
+    code = getattr(function(text, where), "__code__", None) if text else None
+    path = Path(code.co_filename) if code else None
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else ""

@@ -208,4 +208,4 @@ def _values(source: ModelFile, feeds: Feeds, wanted: set[str]) -> Iterator[tuple
 
 
 def _first(data: Dataset) -> Feeds:
-    return {name: array[:SAMPLES_MAX] for name, array in data.inputs.items()}
+    return {name: np.asarray(array[:SAMPLES_MAX]) for name, array in data.inputs.items()}

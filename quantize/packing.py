@@ -27,24 +27,42 @@ from quantize.results import Evaluated, Outcome
 Array = np.ndarray[Any, Any]
 
 
-def choose_goldens(answers: Array, labels: Array | None, count: int) -> list[int]:
+def choose_goldens(
+    answers: Array, labels: Array | None, count: int, groups: Array | None = None
+) -> list[int]:
     """Indices of samples for goldens: half the surest, half the hardest, of many classes.
 
     Args:
         answers: the float model's main output [samples, ...]. A sample is hard when its two largest
             values lie near each other: there a small error shows first.
+        groups: [samples], see datasets.Dataset: as long as there are others, one sample of each.
     """
     flat = answers.reshape(len(answers), -1).astype(np.float64)
     if flat.shape[1] < 2:
         return [int(i) for i in np.linspace(0, len(flat) - 1, min(count, len(flat)))]
     top = np.sort(flat, axis=1)[:, -2:]
     order = np.argsort(top[:, 1] - top[:, 0], kind="stable")
-    hard = order[: (count + 1) // 2]
+    hard = _one_of_each(order, groups)[: (count + 1) // 2]
     classes = flat.argmax(axis=1) if labels is None else labels.reshape(len(flat), -1)[:, 0]
-    rest = [int(index) for index in order[len(hard) :][::-1]]  # the surest first
+    rest = [int(index) for index in order[::-1] if index not in hard]  # the surest first
     firsts = {int(classes[index]): index for index in reversed(rest)}  # the surest of each class
     sure = sorted(rest, key=lambda index: firsts[int(classes[index])] != index)
-    return [int(index) for index in hard] + sure[: count - len(hard)]
+    return [int(index) for index in (*hard, *_one_of_each(sure, groups, hard))][:count]
+
+
+def _one_of_each(
+    order: Sequence[int] | Array, groups: Array | None, taken: Sequence[int] | Array = ()
+) -> list[int]:
+    """The indices in their order, but those whose group came before (or was taken) at the end."""
+    if groups is None:
+        return list(order)
+    known = {int(groups[index]) for index in taken}
+    first: list[int] = []
+    later: list[int] = []
+    for index in order:
+        (later if int(groups[index]) in known else first).append(index)
+        known.add(int(groups[index]))
+    return [*first, *later]
 
 
 def pack(
@@ -65,8 +83,9 @@ def pack(
         StorageError: the bundle cannot be written.
     """
     fit = _in_order(outcome)
+    count = recipe.pack.goldens
     chosen = np.array(
-        choose_goldens(answers[main_output], data.labels, recipe.pack.goldens), dtype=int
+        choose_goldens(answers[main_output], data.labels, count, data.groups), dtype=int
     )
     samples = out.with_suffix(".goldens.npz")
     np.savez(samples, **{name: array[chosen] for name, array in data.inputs.items()})

@@ -115,6 +115,7 @@ class Outcome(msgspec.Struct, frozen=True):
         evaluated: every variant, the reference first, shipped or refused.
         calibration: fingerprint of the calibration set. machine: what it was measured on.
         seconds: the run took. evaluation: fingerprint of the samples that judged.
+        groups: that the samples are in; 0: each is its own.
         findings: what is wrong with the data. activations: of quantized tensors, where the model
             is ONNX. layers: what a sensitivity analysis found; empty if there was none.
     """
@@ -136,6 +137,7 @@ class Outcome(msgspec.Struct, frozen=True):
     findings: tuple[Finding, ...] = ()
     activations: tuple[Activation, ...] = ()
     layers: tuple[Layer, ...] = ()
+    groups: int = 0
 
     def of(self, name: str) -> Evaluated:
         """The variant of that name."""

@@ -4,7 +4,7 @@ Law of this file: arrays in, numbers out; no model, no file, no clock, randomnes
 is one number per sample, larger is better, so that two variants can be compared sample by sample.
 
 Sources: Wilson 1927 (interval of a share); McNemar 1947, exact binomial form (two classifiers on
-the same samples); Efron 1979 (bootstrap).
+the same samples); Efron 1979 (bootstrap). For samples that belong together see `clusters`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import msgspec
 import numpy as np
 
 from edge_runtime.errors import UsageError
+from quantize import clusters
 
 Array = np.ndarray[Any, Any]
 
 BOOTSTRAP_ROUNDS = 1000
+DRAWN_AT_ONCE = 1 << 18
 
 
 class Interval(msgspec.Struct, frozen=True):
@@ -39,7 +41,8 @@ class Difference(msgspec.Struct, frozen=True):
         drop: mean of reference - variant; negative: the variant is better.
         low, high: two-sided interval of it.
         bound: one-sided upper bound of it at the same confidence.
-        p_value: of "no difference"; McNemar's exact test where scores are 0 or 1, else a sign test.
+        p_value: of "no difference"; McNemar's exact test where scores are 0 or 1, else a sign test;
+            of groups where samples belong together.
         worse, better: samples on which the variant is worse, better.
     """
 
@@ -239,34 +242,64 @@ def _log_softmax(logits: Array) -> Array:
 # --- intervals and tests --------------------------------------------------------------------------
 
 
-def interval(scores: Array, confidence: float, seed: int = 0) -> Interval:
-    """The mean score: Wilson's interval where scores are 0 or 1, else a bootstrap's."""
-    count, value = len(scores), float(scores.mean())
+def interval(
+    scores: Array, confidence: float, seed: int = 0, groups: Array | None = None
+) -> Interval:
+    """The mean score: Wilson's interval where scores are 0 or 1, else the wider of two (`_means`).
+
+    Args:
+        groups: [samples], which belong together (`clusters`); None: each sample is its own.
+    """
+    count, value = float(len(scores)), float(scores.mean())
+    quantiles = (0.5 - confidence / 2, 0.5 + confidence / 2)
     if _is_binary(scores):
-        z = NormalDist().inv_cdf(0.5 + confidence / 2)
+        if groups is not None:
+            count = clusters.effective(scores, groups, quantiles[1])
+        z = NormalDist().inv_cdf(quantiles[1])
         centre = (value + z * z / (2 * count)) / (1 + z * z / count)
         half = z / (1 + z * z / count)
         half *= math.sqrt(value * (1 - value) / count + z * z / (4 * count * count))
         return Interval(value, centre - half, centre + half)
-    low, high = _bootstrap(scores, (0.5 - confidence / 2, 0.5 + confidence / 2), seed)
+    low, high = _means(scores, quantiles, seed, groups)
     return Interval(value, low, high)
 
 
-def difference(reference: Array, variant: Array, confidence: float, seed: int = 0) -> Difference:
-    """What the variant loses, from scores of the same samples in the same order."""
+def difference(
+    reference: Array,
+    variant: Array,
+    confidence: float,
+    seed: int = 0,
+    groups: Array | None = None,
+) -> Difference:
+    """What the variant loses, from scores of the same samples in the same order.
+
+    Args:
+        groups: as of `interval`. With them the test counts groups that lose, not samples.
+    """
     assert reference.shape == variant.shape, "paired scores"
     lost = reference - variant
     worse, better = int((lost > 0).sum()), int((lost < 0).sum())
-    drop, count = float(lost.mean()), len(lost)
     quantiles = (0.5 - confidence / 2, 0.5 + confidence / 2, confidence)
     if _is_binary(reference) and _is_binary(variant):
-        low, high, bound = (paired_bound(worse, better, count, q) for q in quantiles)
+        low, high, bound = (_paired(lost, q, groups) for q in quantiles)
     else:
-        low, high, bound = _bootstrap(lost, quantiles, seed)
-    return Difference(drop, low, high, bound, sign_test(worse, better), worse, better)
+        low, high, bound = _means(lost, quantiles, seed, groups)
+    by_group = clusters.sums(lost, groups).values
+    p_value = sign_test(int((by_group > 0).sum()), int((by_group < 0).sum()))
+    return Difference(float(lost.mean()), low, high, bound, p_value, worse, better)
 
 
-def paired_bound(worse: int, better: int, count: int, quantile: float) -> float:
+def _paired(lost: Array, quantile: float, groups: Array | None) -> float:
+    """`paired_bound` of losses of -1, 0 and 1, counted as so many independent ones as there are."""
+    count, worse, better = len(lost), int((lost > 0).sum()), int((lost < 0).sum())
+    if groups is None:
+        return paired_bound(worse, better, count, quantile)
+    known = clusters.effective(lost, groups, max(quantile, 1 - quantile))
+    share = known / count
+    return paired_bound(worse * share, better * share, known, quantile)
+
+
+def paired_bound(worse: float, better: float, count: float, quantile: float) -> float:
     """The difference of two paired shares, (worse - better) / count, at this quantile of doubt.
 
     Tango's score bound (Statistics in Medicine 17, 1998): the difference at which what was seen
@@ -282,7 +315,7 @@ def paired_bound(worse: int, better: int, count: int, quantile: float) -> float:
     return (low + high) / 2
 
 
-def _tango(worse: int, better: int, count: int, difference: float) -> float:
+def _tango(worse: float, better: float, count: float, difference: float) -> float:
     """How many deviations `worse - better` lies above what `difference` lets expect."""
     b = -worse - better + (2 * count - worse + better) * difference
     c = -better * difference * (1 - difference)
@@ -310,9 +343,27 @@ def _is_binary(scores: Array) -> bool:
     return bool(np.isin(scores, (0.0, 1.0)).all())
 
 
-def _bootstrap(values: Array, quantiles: tuple[float, ...], seed: int) -> tuple[float, ...]:
+def _means(
+    values: Array, quantiles: tuple[float, ...], seed: int, groups: Array | None
+) -> tuple[float, ...]:
+    """The mean at these quantiles of doubt: the farther of Student's bound and a bootstrap's.
+
+    The bootstrap follows the skew of many samples, and is too narrow with few (its 95 % held in
+    91 of 100 sets of 5 or 10); Student's is not. Groups are drawn whole.
+    """
+    by_group = clusters.sums(values, groups)
+    number = len(by_group.values)
     rng = np.random.Generator(np.random.PCG64(seed))
-    means = [
-        values[rng.integers(0, len(values), len(values))].mean() for _ in range(BOOTSTRAP_ROUNDS)
-    ]
-    return tuple(float(one) for one in np.quantile(means, quantiles))
+    step = max(DRAWN_AT_ONCE // number, 1)
+    means = np.concatenate(
+        [
+            by_group.values[drawn].sum(axis=1) / by_group.counts[drawn].sum(axis=1)
+            for first in range(0, BOOTSTRAP_ROUNDS, step)
+            for drawn in [rng.integers(0, number, (min(step, BOOTSTRAP_ROUNDS - first), number))]
+        ]
+    )
+    farther = {True: max, False: min}
+    return tuple(
+        float(farther[q > 0.5](np.quantile(means, q), clusters.mean_bound(values, groups, q)))
+        for q in quantiles
+    )

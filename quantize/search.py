@@ -341,7 +341,7 @@ def _ranked(ready: Prepared, kept: scratch.Scratch) -> list[sensitivity.Layer]:
     count = min(count, sensitivity.SAMPLES_DEFAULT)
     data = ready.split.evaluation.take(np.arange(count))
     bench = Bench(
-        ready.split.calibration.inputs,
+        ready.split.calibration.feeds,
         clean.inputs,
         clean.outputs,
         clean.batch_axis,

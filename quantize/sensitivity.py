@@ -327,6 +327,8 @@ def of_model(question: Question, say: Say) -> Sensitivity:
     own = datasets.load(told, given.inputs, told.calibration) if told.calibration else None
     count = question.samples or SAMPLES_DEFAULT
     split = datasets.split(whole, own, Calibration().samples, 0, count, 0)
+    for line in (*split.notes, *(f"{one.fault}: {one.text}" for one in split.findings)):
+        say(line)
     judged = judging.judged(
         Evaluation(), given.outputs, split.evaluation.labels, None, split.evaluation.where
     )
@@ -334,7 +336,7 @@ def of_model(question: Question, say: Say) -> Sensitivity:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         bench = Bench(
-            split.calibration.inputs, given.inputs, given.outputs, given.batch_axis, 0, say
+            split.calibration.feeds, given.inputs, given.outputs, given.batch_axis, 0, say
         )
         Clean().apply(given.path, folder / "clean.onnx", bench)
         source = models.read(folder / "clean.onnx")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from edge_runtime.client.control import ControlClient
 from edge_runtime.errors import EdgeError, ModelError
 from edge_runtime.tensors import TensorSpec
 from quantize import datasets
-from quantize.passes import Feeds
+from quantize.rows import Samples
 
 Array = np.ndarray[Any, Any]
 
@@ -72,7 +72,7 @@ class Daemon:
         self._folder = folder
         self._run = folder / "run"
 
-    def answers(self, candidate: Candidate, inputs: Feeds) -> Served:
+    def answers(self, candidate: Candidate, inputs: Mapping[str, Samples]) -> Served:
         """Serve the candidate, have it answer every sample, and unload it.
 
         Args:
@@ -184,7 +184,7 @@ def pack_one(candidate: Candidate, out: Path) -> None:
     archive.pack(archive.compose(manifest, {blob.sha256: content}), out)
 
 
-def _ask(client: Client, candidate: Candidate, inputs: Feeds) -> dict[str, Array]:
+def _ask(client: Client, candidate: Candidate, inputs: Mapping[str, Samples]) -> dict[str, Array]:
     rows = ROWS if candidate.batch_axis == 0 else 1
     parts = list(
         client.infer_many(

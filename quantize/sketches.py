@@ -7,9 +7,13 @@ that the model was judged on. A test of drift needs counts, not means.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from quantize import rows
+from quantize.rows import Samples
 
 Array = np.ndarray[Any, Any]
 
@@ -46,10 +50,14 @@ def classes(outputs: Array) -> list[int]:
     return [int(count) for count in counts]
 
 
-def baseline(inputs: dict[str, Array], outputs: dict[str, Array]) -> dict[str, Any]:
+def baseline(inputs: Mapping[str, Samples], outputs: dict[str, Array]) -> dict[str, Any]:
     """Sketches by tensor, and of outputs that look like classes their shares."""
     found: dict[str, Any] = {
-        "inputs": {name: sketch(one) for name, one in inputs.items() if one.dtype.kind in "fiu"},
+        "inputs": {
+            name: sketch(rows.spread(one, len(one)))
+            for name, one in inputs.items()
+            if one.dtype.kind in "fiu"
+        },
         "outputs": {name: sketch(one) for name, one in outputs.items() if one.dtype.kind in "fiu"},
     }
     shares = {

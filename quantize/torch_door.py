@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import io
 from collections.abc import Iterator
@@ -38,9 +37,7 @@ def version() -> str:
 
 def code_sha256(train: str) -> str:
     """Of the file of `module:function`. Raises: UsageError if Python does not find it."""
-    code = getattr(foreign.function(train, "fine_tune.train"), "__code__", None)
-    path = Path(code.co_filename) if code else None
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else ""
+    return foreign.code_sha256(train, "fine_tune.train")
 
 
 def fine_tune(source: Path, out: Path, train: str, seed: int, say: Say) -> None:

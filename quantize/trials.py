@@ -7,7 +7,6 @@ each a finished trial; a line that was cut off (power, a full disk) is as if it 
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 
 from edge_runtime.backends import backend
 from edge_runtime.errors import ModelError
-from quantize import building, datasets, onnx_door, passes, scratch, workflow
+from quantize import building, clusters, datasets, foreign, onnx_door, passes, scratch, workflow
 from quantize.evaluating import Judge
 from quantize.pruning import work
 from quantize.recipe import Recipe, Variant
@@ -105,12 +104,15 @@ def key(ready: Prepared, chain: building.Chain) -> str:
 
 def context(ready: Prepared) -> str:
     """Of what all trials of a search have in common."""
-    recipe, labels = ready.recipe, ready.split.evaluation.labels
+    recipe, data = ready.recipe, ready.split.evaluation
+    labels, groups = data.labels, data.groups
     return scratch.key(
         scratch.file_sha256(ready.source.path),
         datasets.fingerprint(ready.split.calibration)["sha256"],
         datasets.fingerprint(ready.split.evaluation)["sha256"],
         None if labels is None else scratch.key(labels.tolist()),
+        None if groups is None else scratch.key(groups.tolist()),
+        foreign.code_sha256(recipe.evaluation.callable, "evaluation.callable"),
         [ready.metric, recipe.evaluation, recipe.seed, recipe.threads],
     )
 
@@ -135,7 +137,7 @@ def attempt(given: dict[str, Any]) -> dict[str, Any]:
     found = Found(
         str(built.path),
         float(lost.mean()),
-        float(lost.std() / math.sqrt(len(lost))),
+        clusters.standard_error(lost, ready.split.evaluation.groups),
         built.path.stat().st_size,
         work_of(built.path),
     )

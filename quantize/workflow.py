@@ -29,7 +29,7 @@ from quantize import (
     verdict,
 )
 from quantize.building import Built, Chain
-from quantize.datasets import Split
+from quantize.datasets import Dataset, Split
 from quantize.evaluating import Judge
 from quantize.models import ModelFile
 from quantize.passes import Say
@@ -91,7 +91,7 @@ def prepare(given: Recipe) -> Prepared:
         split.evaluation.where,
     )
     notes = (*whole.notes, *split.notes, *([judged.note] if judged.note else []))
-    split = Split(split.calibration, split.evaluation.labelled(judged.labels), notes)
+    split = split._replace(evaluation=split.evaluation.labelled(judged.labels), notes=notes)
     judge = Judge(ready, source, split.evaluation, judged.metric, judged.output)
     return Prepared(ready, source, split, chains, judge, judged.name)
 
@@ -119,6 +119,7 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
         name=ready.recipe.name,
         metric=ready.metric,
         samples=len(ready.split.evaluation),
+        groups=_groups(ready.split.evaluation),
         confidence=ready.recipe.budgets.confidence,
         drop_max=evaluating.drop_max(ready.judge),
         reference=built[0].variant.name,
@@ -130,7 +131,7 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
         seconds=time.monotonic() - began_s,
         notes=(*ready.recipe.notes, *ready.split.notes),
         evaluation=datasets.fingerprint(ready.split.evaluation),
-        findings=observed.findings,
+        findings=(*ready.split.findings, *observed.findings),
         activations=observed.activations,
     )
     created = None
@@ -147,6 +148,10 @@ def with_reference(variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
         return (plain[0], *(one for one in variants if one is not plain[0]))
     backend = variants[0].backend if variants else "onnxruntime"
     return (Variant(REFERENCE, backend), *variants)
+
+
+def _groups(data: Dataset) -> int:
+    return 0 if data.groups is None else data.units
 
 
 def _function(given: Recipe) -> Callable[..., Array] | None:

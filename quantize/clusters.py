@@ -1,0 +1,114 @@
+"""Samples that belong together: how much is known of a mean when they do.
+
+Law of this file: arrays in, numbers out. Ten views of one photograph are hardly more than one
+sample; an interval that counts ten is too sure. Without groups every sample is one of its own.
+
+Sources: Liang & Zeger 1986, with G - 1 degrees of freedom and the factor G / (G - 1) that Cameron &
+Miller advise (Journal of Human Resources 50, 2015); Korn & Graubard 1998 (Survey Methodology 24:
+effective sample size for shares); Student 1908.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+# With more degrees of freedom Student's quantile is the normal one to four digits.
+NORMAL_FROM = 2000
+
+
+class Sums(NamedTuple):
+    """Of each group: the sum of its values and how many there are."""
+
+    values: Array
+    counts: Array
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.sum() / self.counts.sum())
+
+
+def count(groups: Array) -> int:
+    """How many groups there are."""
+    return len(np.unique(groups))
+
+
+def sums(values: Array, groups: Array | None) -> Sums:
+    """By group; groups [samples] are any integers, None: each sample is its own."""
+    if groups is None:
+        return Sums(values, np.ones(len(values)))
+    codes = np.unique(groups, return_inverse=True)[1].reshape(-1)
+    return Sums(np.bincount(codes, weights=values), np.bincount(codes).astype(np.float64))
+
+
+def standard_error(values: Array, groups: Array | None = None) -> float:
+    """Of the mean of values [samples], whatever happens inside a group. Infinite for one group."""
+    by_group = sums(values, groups)
+    if len(by_group.values) < 2:
+        return math.inf
+    rest = by_group.values - by_group.mean * by_group.counts
+    factor = len(rest) / (len(rest) - 1)
+    return math.sqrt(factor * float((rest**2).sum())) / len(values)
+
+
+def mean_bound(values: Array, groups: Array | None, quantile: float) -> float:
+    """The mean of values [samples] at this quantile of doubt: Student's bound over groups."""
+    by_group = sums(values, groups)
+    degrees = len(by_group.values) - 1
+    if degrees < 1:
+        return math.copysign(math.inf, quantile - 0.5)
+    return by_group.mean + student(quantile, degrees) * standard_error(values, groups)
+
+
+def effective(values: Array, groups: Array, quantile: float) -> float:
+    """How many independent samples know as much of the mean of values [samples] as these do.
+
+    Korn and Graubard's: fewer by the ratio of the variances with and without groups, and by what
+    few groups know of that ratio. Where all values are alike nothing is known of it: then the
+    number of groups, as if all samples of a group were one.
+    """
+    total, number = len(values), count(groups)
+    alone = standard_error(values)
+    if alone == 0 or number < 2:
+        return float(number)
+    ratio = (standard_error(values, groups) / alone) ** 2
+    doubt = (student(quantile, total - 1) / student(quantile, number - 1)) ** 2
+    return min(max(total / max(ratio, 1e-12) * doubt, 1.0), float(total))
+
+
+@functools.cache
+def student(quantile: float, degrees: int) -> float:
+    """The quantile of Student's distribution, by halving; quantile in (0, 1), degrees >= 1."""
+    assert 0 < quantile < 1 and degrees >= 1
+    if degrees >= NORMAL_FROM:
+        return NormalDist().inv_cdf(quantile)
+    if quantile < 0.5:
+        return -student(1 - quantile, degrees)
+    low, high = 0.0, 1.0
+    while _within(high, degrees) < 2 * quantile - 1:
+        low, high = high, high * 2
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, degrees) < 2 * quantile - 1 else (low, middle)
+    return (low + high) / 2
+
+
+def _within(t: float, degrees: int) -> float:
+    """Probability of -t to t (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    square = math.cos(angle) ** 2
+    is_odd = degrees % 2
+    term = total = math.cos(angle) if is_odd else 1.0
+    for index in range(3 if is_odd else 2, degrees - 1, 2):
+        term *= square * (index - 1) / index
+        total += term
+    if is_odd:
+        inner = math.sin(angle) * total if degrees > 1 else 0.0
+        return 2 / math.pi * (angle + inner)
+    return math.sin(angle) * total
