@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.daemon import memory
+from edge_runtime.daemon.line import Line
 from edge_runtime.daemon.memory import Memory
-from edge_runtime.daemon.processes import Line, Reaper, Started, Templates, WorkerProcess
+from edge_runtime.daemon.processes import WorkerProcess
+from edge_runtime.daemon.reaper import Reaper
+from edge_runtime.daemon.templates import Started, Templates
 from edge_runtime.errors import BackendError
 from edge_runtime.events import Events
 from edge_runtime.serving import channel, health, spec

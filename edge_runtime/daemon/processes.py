@@ -1,38 +1,30 @@
-"""Templates and workers as the supervisor holds them: start, talk, learn of the end.
+"""A worker as the supervisor holds it: what it is told, what it says, how it ended.
 
-Law of this file: processes and channels, no policy. It starts a process, passes messages, and
-reports how it ended; what follows from that is decided elsewhere. Everything runs in the daemon's
-event loop.
+Law of this file: one process and its channel, no policy. What follows from an end is decided
+elsewhere. Everything runs in the daemon's event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import signal
-import socket
-import sys
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
-
 from edge_runtime.clock import Clock
 from edge_runtime.daemon import memory
-from edge_runtime.errors import BackendError, EdgeError, UnavailableError, from_document
-from edge_runtime.events import Events
+from edge_runtime.daemon.line import Line
+from edge_runtime.daemon.reaper import Reaper
+from edge_runtime.errors import BackendError, EdgeError, from_document
 from edge_runtime.serving import channel, health, page
 from edge_runtime.serving import spec as specs
 from edge_runtime.serving.health import Cause, Death
 from edge_runtime.serving.spec import WorkerSpec
 from edge_runtime.wire import sockets
 
-# An import from a slow SD card takes seconds; one that takes longer than this hangs.
-IMPORT_S_MAX = 120.0
-FORK_S_MAX = 10.0
 PF_EXITING = 0x4
 # An out-of-memory kill counts for a death when it is younger than so many looks of the supervisor:
 # long enough for a large process to be taken down, short enough not to blame an old one.
@@ -43,164 +35,16 @@ COMPILED_MAX = 4
 # A worker that shares its process cannot be killed without the others. One that is to end is waited
 # for so long, whatever it does: the others are worth it; one that hangs keeps them from the device.
 LEAVE_S_MAX = 10.0
-# What numpy's and the backends' own thread pools would start at import, before any fork.
-SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-class Reaper:
-    """Collects every child that ends, adopted grandchildren included."""
+class Sharing(Protocol):
+    """The process of several workers, as one of them knows it."""
 
-    def __init__(self) -> None:
-        self._waiting: dict[int, Callable[[int], None]] = {}
-        self._early: dict[int, int] = {}
+    def memory_of(self, worker: WorkerProcess) -> memory.Memory:
+        """Its part of the memory."""
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Listen for SIGCHLD."""
-        loop.add_signal_handler(signal.SIGCHLD, self.collect)
-
-    def watch(self, pid: int, ended: Callable[[int], None]) -> None:
-        """Have `ended(status)` called once when `pid` has ended, even if it already has."""
-        if pid in self._early:
-            ended(self._early.pop(pid))
-        else:
-            self._waiting[pid] = ended
-
-    def end(self, pid: int) -> None:
-        """Kill a child that nobody watches; not one that has ended: its number may be another's."""
-        if self._early.pop(pid, None) is None:
-            self._waiting[pid] = lambda _: None
-            os.kill(pid, signal.SIGKILL)
-
-    def collect(self) -> None:
-        """Wait for every child that has ended."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            ended = self._waiting.pop(pid, None)
-            if ended is not None:
-                ended(status)
-            else:  # ended before we were told its number
-                self._early[pid] = status
-                while len(self._early) > 64:
-                    self._early.pop(next(iter(self._early)))
-
-
-class Line:
-    """Our end of a channel: sends never block, messages arrive as calls."""
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        loop: asyncio.AbstractEventLoop,
-        receive: Callable[[channel.Message, list[int]], None],
-    ) -> None:
-        sock.setblocking(False)
-        self._sock = sock
-        self._loop = loop
-        self._receive = receive
-        self._queue: deque[tuple[channel.Message, list[int]]] = deque()
-        self._crowded = False  # why the first of the queue waits (channel.send)
-        loop.add_reader(sock.fileno(), self._readable)
-
-    def send(self, message: channel.Message, fds: list[int] | None = None) -> bool:
-        """Send, or queue; the descriptors are ours from now on. False: the peer is gone."""
-        fds = fds or []
-        if self._sock.fileno() < 0:
-            sockets.close_fds(fds)
-            return False
-        if not self._queue and self._try(message, fds):
-            return self._sock.fileno() >= 0
-        if self._sock.fileno() < 0:
-            return False
-        self._queue.append((message, fds))
-        if len(self._queue) == 1:
-            self._wait()
-        return True
-
-    def _wait(self) -> None:
-        """Go on when there is room: in the socket, or among the descriptors on their way."""
-        if self._crowded:
-            self._loop.remove_writer(self._sock.fileno())
-            self._loop.call_later(channel.CROWDED_PAUSE_S, self._writable)
-        else:
-            self._loop.add_writer(self._sock.fileno(), self._writable)
-
-    def _try(self, message: channel.Message, fds: list[int]) -> bool:
-        """Whether it is dealt with: sent, or the peer is gone."""
-        try:
-            channel.send(self._sock, message, fds)
-        except BlockingIOError as error:
-            self._crowded = error.errno == errno.ETOOMANYREFS
-            return False
-        except OSError:
-            sockets.close_fds(fds)
-            self.close()
-            return True
-        sockets.close_fds(fds)
-        return True
-
-    def _writable(self) -> None:
-        while self._queue:
-            message, fds = self._queue.popleft()  # before: a failure closes those in the queue
-            if not self._try(message, fds):
-                self._queue.appendleft((message, fds))
-                self._wait()
-                return
-        if self._sock.fileno() >= 0:
-            self._loop.remove_writer(self._sock.fileno())
-
-    def _readable(self) -> None:
-        while self._sock.fileno() >= 0:
-            try:
-                message, fds = channel.receive(self._sock)
-            except BlockingIOError:
-                return
-            except (OSError, msgspec.DecodeError):
-                message, fds = None, []
-            if message is None:
-                self.close()
-                return
-            self._receive(message, fds)
-
-    def drain(self) -> None:
-        """Take in what the peer sent before it ended."""
-        self._readable()
-
-    def close(self) -> None:
-        """No more messages either way."""
-        if self._sock.fileno() < 0:
-            return
-        self._loop.remove_reader(self._sock.fileno())
-        self._loop.remove_writer(self._sock.fileno())
-        self._sock.close()
-        for _, fds in self._queue:
-            sockets.close_fds(fds)
-        self._queue.clear()
-
-
-class Forkable(Protocol):
-    """What a template makes a process of."""
-
-    phase: str
-    backend_version: str
-    is_host: bool  # of several workers
-
-    @property
-    def backend(self) -> str:
-        """Whose template it is forked from."""
-
-    def descriptors(self) -> list[int]:
-        """What the fork order carries: duplicates, for the template's line to close."""
-
-    def forked(self, pid: int, reaper: Reaper) -> None:
-        """The template has made the process."""
-
-    def not_forked(self, reason: str) -> None:
-        """There will be no process."""
+    def stays_bytes(self) -> int:
+        """Private memory of the process, unless it is about to end."""
 
 
 class WorkerProcess:
@@ -520,232 +364,3 @@ def _is_exiting(pid: int) -> bool:
         return bool(int(stat.rpartition(b")")[2].split()[6]) & PF_EXITING)
     except (OSError, ValueError, IndexError):
         return False  # not known: as if it were well
-
-
-class Sharing(Protocol):
-    """The process of several workers, as one of them knows it."""
-
-    def memory_of(self, worker: WorkerProcess) -> memory.Memory:
-        """Its part of the memory."""
-
-    def stays_bytes(self) -> int:
-        """Private memory of the process, unless it is about to end."""
-
-
-# Told of each worker that has become a process.
-Started = Callable[[WorkerProcess], None]
-
-
-class Template:
-    """The process that has one backend imported."""
-
-    def __init__(
-        self, backend: str, reaper: Reaper, events: Events, clock: Clock, started: Started
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        self.backend = backend
-        self.version = ""
-        self.ready: asyncio.Future[channel.TemplateReady] = loop.create_future()
-        self.ended: asyncio.Future[Death] = loop.create_future()
-        self._reaper = reaper
-        self._events = events
-        self._started = started
-        self._failure: dict[str, Any] = {}
-        self._stopping = False
-        self._tokens = 0
-        self._orders: dict[int, tuple[asyncio.Future[None], Forkable]] = {}
-        self._oom_kills = memory.oom_kills()
-        ours, theirs = channel.pair()
-        self._line = Line(ours, loop, self._receive)
-        self.pid = os.posix_spawn(
-            sys.executable,
-            [sys.executable, "-P", "-m", "edge_runtime.serving.template", backend],
-            {**os.environ, **SINGLE_THREADED},
-            file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), channel.TEMPLATE_FD)],
-        )
-        theirs.close()
-        self.started_ns = clock.monotonic_ns()
-        self._limit = loop.call_later(IMPORT_S_MAX, self._import_hangs)
-        self._spoken_for = False
-        reaper.watch(self.pid, self._end)
-
-    @property
-    def alive(self) -> bool:
-        return not self.ended.done()
-
-    def take(self) -> bool:
-        """Claim a worker of it, once it is ready; False: it makes only one, which is another's."""
-        if self.ready.result().fork_safe:
-            return True
-        first, self._spoken_for = not self._spoken_for, True
-        return first
-
-    def _import_hangs(self) -> None:
-        """The next load shall find a new process, not this one."""
-        if self.alive and not self.ready.done():
-            message = f"importing {self.backend} took longer than {IMPORT_S_MAX:g} s"
-            self._failure = BackendError(message, where=self.backend).document()
-            os.kill(self.pid, signal.SIGKILL)
-
-    async def fork(self, worker: Forkable) -> None:
-        """Make `worker` a process, once the template is ready and taken.
-
-        Raises:
-            BackendError: the template has died, or the system has no process to give.
-        """
-        self._tokens += 1
-        token = self._tokens
-        order: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._orders[token] = order, worker
-        if not self._line.send(channel.Fork(token, worker.is_host), worker.descriptors()):
-            raise UnavailableError(f"the {self.backend} template is gone")
-        worker.phase = "fork"
-        # Not wait_for: Python 3.11's loses a cancellation that comes together with the result.
-        try:
-            async with asyncio.timeout(FORK_S_MAX):
-                await order
-        except TimeoutError:  # the next load shall find a new process, not this one
-            if self.alive:
-                os.kill(self.pid, signal.SIGKILL)
-            raise BackendError(
-                f"the {self.backend} template did not fork within {FORK_S_MAX:g} s",
-                where=self.backend,
-            ) from None
-
-    async def stop(self, grace_s: float) -> None:
-        """End the process."""
-        self._stopping = True
-        self._line.send(channel.Stop())
-        done, _ = await asyncio.wait([self.ended], timeout=grace_s)
-        if not done:
-            os.kill(self.pid, signal.SIGKILL)
-            await self.ended
-
-    def _receive(self, message: channel.Message, fds: list[int]) -> None:
-        sockets.close_fds(fds)
-        if isinstance(message, channel.TemplateReady):
-            self.version = message.version
-            self.ready.set_result(message)
-            self._events.emit(
-                "template_ready",
-                f"{self.backend} {message.version} imported in {message.import_ms:.0f} ms",
-                backend=self.backend,
-                version=message.version,
-                pid=self.pid,
-            )
-        elif isinstance(message, channel.Failed):
-            self._failure = message.error
-        elif isinstance(message, channel.Forked):
-            if message.pid == self.pid:
-                self._become()
-            self._forked(message, *self._orders.pop(message.token))
-
-    def _become(self) -> None:
-        """It is a worker from now on: whoever watches that learns of its end."""
-        self._line.close()
-        self._limit.cancel()
-        self.ended.set_result(Death(Cause.STOPPED, "became a worker"))
-
-    def _forked(
-        self, message: channel.Forked, order: asyncio.Future[None], worker: Forkable
-    ) -> None:
-        if order.done():  # whoever ordered it has given up
-            if message.pid:
-                self._reaper.end(message.pid)
-            return
-        if message.pid:
-            worker.forked(message.pid, self._reaper)
-            if isinstance(worker, WorkerProcess):
-                self._started(worker)
-        else:
-            worker.not_forked(message.reason)
-        order.set_result(None)
-
-    def _end(self, status: int) -> None:
-        self._line.drain()
-        self._line.close()
-        self._limit.cancel()
-        death = health.classify(
-            status,
-            stopping=self._stopping,
-            hung_for_s=None,
-            oom_kills=memory.oom_kills() - self._oom_kills,
-            failure=str(self._failure.get("message", "")),
-        )
-        at = "while idle" if self.ready.done() else "at import"
-        error: EdgeError = (
-            from_document(self._failure)
-            if self._failure
-            else BackendError(
-                f"the {self.backend} library died {at}: {death.detail}",
-                where=self.backend,
-                remedy="install a build of it for this processor, or use another backend",
-            )
-        )
-        if not self.ready.done():
-            self.ready.set_exception(error)
-            self.ready.exception()
-        for order, _ in self._orders.values():
-            if not order.done():
-                order.set_exception(error)
-        self._orders.clear()
-        self.ended.set_result(death)
-        if death.cause is not Cause.STOPPED:
-            self._events.emit(
-                "template_died",
-                str(error),
-                level="error",
-                backend=self.backend,
-                cause=str(death.cause),
-                pid=self.pid,
-            )
-
-
-class Templates:
-    """One template per backend, made when first needed and again after it died."""
-
-    def __init__(self, reaper: Reaper, events: Events, clock: Clock, started: Started) -> None:
-        self._reaper = reaper
-        self._events = events
-        self._started = started
-        self._clock = clock
-        self._templates: dict[str, Template] = {}
-
-    async def fork(self, worker: Forkable) -> None:
-        """Make `worker` a process, by the template of its backend.
-
-        Raises:
-            BackendError: the template dies, or the system has no process to give.
-        """
-        worker.phase = "import"
-        while True:
-            template = self._get(worker.backend)
-            await asyncio.shield(template.ready)  # within IMPORT_S_MAX, or it ends
-            if template.take():
-                break
-            self._forget(template)  # it becomes another's worker
-        worker.backend_version = template.version
-        await template.fork(worker)
-        if not template.alive:
-            self._forget(template)  # it became this one
-
-    def _forget(self, template: Template) -> None:
-        if self._templates.get(template.backend) is template:
-            del self._templates[template.backend]
-
-    def _get(self, backend: str) -> Template:
-        """The living template of a backend; started now if there is none."""
-        template = self._templates.get(backend)
-        if template is None or not template.alive:
-            template = Template(backend, self._reaper, self._events, self._clock, self._started)
-            self._templates[backend] = template
-        return template
-
-    def all(self) -> list[Template]:
-        """Every template, dead ones included."""
-        return list(self._templates.values())
-
-    async def stop(self, grace_s: float) -> None:
-        """End them all."""
-        living = [one for one in self._templates.values() if one.alive]
-        await asyncio.gather(*(template.stop(grace_s) for template in living))

@@ -29,11 +29,13 @@ from edge_runtime.daemon.deployment import Deployment
 from edge_runtime.daemon.governor import Governor
 from edge_runtime.daemon.hosts import Hosts
 from edge_runtime.daemon.parts import Parts
-from edge_runtime.daemon.processes import Reaper, Templates, WorkerProcess
+from edge_runtime.daemon.processes import WorkerProcess
+from edge_runtime.daemon.reaper import Reaper
 from edge_runtime.daemon.room import Room
 from edge_runtime.daemon.router import Router
 from edge_runtime.daemon.shelf import Shelf
 from edge_runtime.daemon.statistics import Statistics
+from edge_runtime.daemon.templates import Templates
 from edge_runtime.errors import EdgeError, NotFoundError, UnavailableError
 from edge_runtime.events import Events, Level, LevelSink, RingSink, TeeSink, sink_for
 from edge_runtime.files import SystemFiles

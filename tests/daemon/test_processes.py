@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from edge_runtime.clock import SystemClock
-from edge_runtime.daemon.processes import Line, Reaper, WorkerProcess
+from edge_runtime.daemon.line import Line
+from edge_runtime.daemon.processes import WorkerProcess
+from edge_runtime.daemon.reaper import Reaper
 from edge_runtime.serving import channel, page
 from edge_runtime.serving.spec import WorkerSpec
 from edge_runtime.wire import sockets

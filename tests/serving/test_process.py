@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.backends.reference import tiny
-from edge_runtime.daemon.processes import SINGLE_THREADED
+from edge_runtime.daemon.templates import SINGLE_THREADED
 from edge_runtime.errors import BundleError
 from edge_runtime.serving import channel, page, process, sandbox
 from edge_runtime.serving import template as template_process
