@@ -1,8 +1,8 @@
 """The workers of one model: who has which role, what they take, how they leave.
 
 Law of this file: it keeps and ends processes. Which worker gets which role, and when one has to go,
-is decided in `deployment`; how one comes to be is in `loading`. Every worker is known here from the
-moment its memory is promised to it until its process is gone.
+is decided in `deployment`, `recovery` and `variants`; how one comes to be is in `loading`. Every
+worker is known here from the moment its memory is promised to it until its process is gone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the daemon gives to everything that looks after one model.
 
 Law of this file: a value. It is made once per model by the supervisor; what is done with it is
-decided in `deployment`, `loading`, `candidate` and `crew`.
+decided where one model is looked after: in `deployment`, and in the modules that it is made of.
 """
 
 from __future__ import annotations

@@ -127,15 +127,20 @@ class Verdict(NamedTuple):
     give_up: bool
 
 
+def recent(deaths_ns: Sequence[int], now_ns: int, window_s: float) -> int:
+    """How many of these deaths (CLOCK_MONOTONIC) count still."""
+    horizon_ns = now_ns - round(window_s * 1e9)
+    return sum(at_ns >= horizon_ns for at_ns in deaths_ns)
+
+
 def after_death(deaths_ns: Sequence[int], now_ns: int, policy: RestartPolicy) -> Verdict:
     """What to do after the newest of `deaths_ns` (CLOCK_MONOTONIC).
 
     The first restart is at once, because most deaths are single; from the second inside the window
     on the wait doubles. `deaths_max` deaths inside the window are the end of the generation.
     """
-    horizon_ns = now_ns - round(policy.window_s * 1e9)
-    recent = sum(1 for at_ns in deaths_ns if at_ns >= horizon_ns)
-    doublings = min(max(recent - 2, 0), 30)  # 30: beyond any sensible back-off, keeps 2**n small
+    deaths = recent(deaths_ns, now_ns, policy.window_s)
+    doublings = min(max(deaths - 2, 0), 30)  # 30: beyond any sensible back-off, keeps 2**n small
     wait_s = min(policy.backoff_initial_s * 2**doublings, policy.backoff_max_s)
-    wait_s = wait_s if recent > 1 else 0.0
-    return Verdict(wait_s, recent >= policy.deaths_max)
+    wait_s = wait_s if deaths > 1 else 0.0
+    return Verdict(wait_s, deaths >= policy.deaths_max)
