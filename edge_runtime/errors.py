@@ -236,7 +236,17 @@ def from_document(document: dict[str, Any]) -> EdgeError:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The remedy for a mistyped name: "did you mean 'threads'?"; "" when no known one is near."""
-    import difflib  # only when there is an error to explain
+    near = nearest(name, known)
+    return f"did you mean {near!r}?" if near else ""
 
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]!r}?" if near else ""
+
+def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """The known name that was probably meant; "" when none is near.
+
+    Args:
+        likeness: how near, 0 to 1 (difflib's ratio). More where a name may well be one of its own.
+    """
+    import difflib  # only when there is something to explain
+
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
+    return near[0] if near else ""

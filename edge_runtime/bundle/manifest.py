@@ -7,7 +7,6 @@ trip; every error names the key path. The rules are one generator per part of th
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import msgspec
 
 from edge_runtime import tensors
 from edge_runtime.bundle import document as documents
-from edge_runtime.errors import BundleError, EdgeError
+from edge_runtime.errors import BundleError, EdgeError, nearest
 from edge_runtime.tensors import TensorSpec
 
 SCHEMA = 1
@@ -504,11 +503,11 @@ def _type_error(text: str, document: dict[str, Any], where: str) -> BundleError:
     wrong = re.fullmatch(r"Expected `(.*)`, got `(.*)`", message)
     if missing:
         found = _keys_at(document, path)
-        near = difflib.get_close_matches(missing[1], found, n=1)
+        near = nearest(missing[1], found)
         return BundleError(
             "is missing",
             where=f"{where}: {path}.{missing[1]}".replace(": .", ": "),
-            remedy=f"did you mean it by the key {near[0]!r}?" if near else "",
+            remedy=f"did you mean it by the key {near!r}?" if near else "",
         )
     if wrong:
         want = " or ".join(_TYPE_WORDS.get(word, word) for word in wrong[1].split(" | "))
@@ -538,9 +537,10 @@ def _near_misses(value: Any, document: Any, path: str) -> Iterator[tuple[str, st
         known = [name for name in value.__struct_fields__ if name != "document"]
         unused = [name for name in known if name not in document]
         for key in document:
-            near = difflib.get_close_matches(key.lower(), unused, n=1, cutoff=0.75)
+            # Whoever wrote it may mean something of their own: said only of a slip of the pen.
+            near = nearest(key.lower(), unused, likeness=0.75)
             if key not in known and near:
-                yield f"{path}.{key}".lstrip("."), key, near[0]
+                yield f"{path}.{key}".lstrip("."), key, near
         for name in known:
             yield from _near_misses(getattr(value, name), document.get(name), f"{path}.{name}")
     elif isinstance(value, tuple) and isinstance(document, list):

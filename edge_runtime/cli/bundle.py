@@ -110,15 +110,12 @@ def _create(arguments: argparse.Namespace) -> int:
     from edge_runtime.cli.progress import Progress
 
     options = _options(arguments)
-    progress = Progress(sys.stderr, quiet=arguments.json)
     load = _backend_loader() if options.goldens else None
     models = [create.Choice(path, backend) for backend, path in arguments.models]
-    try:
+    with Progress(sys.stderr, quiet=arguments.json) as progress:
         made = create.create(models, options, arguments.out, load, progress.update)
         if arguments.measure:
             made = _with_memory(arguments.out, made, progress.update)
-    finally:
-        progress.close()
     reply = {"out": str(arguments.out), "sha256": made.sha256, "notes": list(made.notes)}
     if arguments.json:
         output.print_json({**reply, **_described(arguments.out)})
@@ -349,8 +346,7 @@ def _extract(arguments: argparse.Namespace) -> int:
     from edge_runtime.bundle import archive
     from edge_runtime.cli.progress import Progress
 
-    progress = Progress(sys.stderr, quiet=arguments.json)
-    try:
+    with Progress(sys.stderr, quiet=arguments.json) as progress:
         with archive.open_bundle(arguments.bundle) as bundle:
             archive.extract(
                 bundle,
@@ -358,8 +354,6 @@ def _extract(arguments: argparse.Namespace) -> int:
                 lambda done, total: progress.update("extracting", done, total),
             )
             size_bytes = bundle.size_bytes
-    finally:
-        progress.close()
     reply = {"directory": str(arguments.directory), "size_bytes": size_bytes}
     text = f"extracted {output.size(size_bytes)} into {arguments.directory}"
     return _answer(arguments, reply, text)
@@ -369,16 +363,13 @@ def _pack(arguments: argparse.Namespace) -> int:
     from edge_runtime.bundle import archive
     from edge_runtime.cli.progress import Progress
 
-    progress = Progress(sys.stderr, quiet=arguments.json)
-    try:
+    with Progress(sys.stderr, quiet=arguments.json) as progress:
         with archive.open_bundle(arguments.directory) as bundle:
             sha256 = archive.pack(
                 bundle,
                 arguments.out,
                 lambda done, total: progress.update("packing", done, total),
             )
-    finally:
-        progress.close()
     reply = {"out": str(arguments.out), "sha256": sha256}
     return _answer(arguments, reply, f"wrote {arguments.out}, sha256 {sha256}")
 

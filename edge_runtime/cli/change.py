@@ -110,17 +110,13 @@ def call_with_progress(
     arguments: argparse.Namespace, command: str, payload: dict[str, Any], fds: tuple[int, ...] = ()
 ) -> dict[str, Any]:
     """As `call`; what the daemon is doing meanwhile is shown."""
-    progress = Progress(sys.stderr, quiet=arguments.json)
+    with Progress(sys.stderr, quiet=arguments.json) as progress:
 
-    def show(event: Mapping[str, Any]) -> None:
-        progress.update(
-            str(event.get("text", "")), int(event.get("done") or 0), int(event.get("total") or 0)
-        )
+        def show(event: Mapping[str, Any]) -> None:
+            text, done, total = (event.get(key) for key in ("text", "done", "total"))
+            progress.update(str(text or ""), int(done or 0), int(total or 0))
 
-    try:
         return call(arguments, command, payload, fds=fds, on_event=show)
-    finally:
-        progress.close()
 
 
 @contextlib.contextmanager

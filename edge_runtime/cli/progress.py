@@ -6,6 +6,7 @@ stderr: stdout is for the answer.
 
 from __future__ import annotations
 
+from types import TracebackType
 from typing import TextIO
 
 from edge_runtime.cli import output
@@ -15,7 +16,7 @@ LINE_STEP = 0.25  # without a terminal: a line per quarter, so that a log stays 
 
 
 class Progress:
-    """Draws `update` after `update`; `close` leaves the terminal on a fresh line."""
+    """Draws `update` after `update`; when it is left, the terminal is on a fresh line."""
 
     def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
         self._stream = stream
@@ -35,8 +36,15 @@ class Progress:
         else:
             self._draw(bar(text, share, total_bytes)[: self._columns - 1])
 
-    def close(self) -> None:
-        """End the bar's line; call it before anything else is written."""
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self._drawn:
             self._stream.write("\n")
             self._stream.flush()

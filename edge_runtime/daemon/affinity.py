@@ -31,7 +31,10 @@ class Affinity:
         for pid in named:
             before = self._before.setdefault(pid, {})
             process_had = before.get(pid)  # None: not confined yet
-            for thread in _threads(pid):
+            threads = _threads(pid)
+            for ended in before.keys() - {pid, *threads}:  # its number may be another's one day
+                del before[ended]
+            for thread in threads:
                 has = _get(thread)
                 if has is not None:
                     had = before.setdefault(thread, process_had or has)

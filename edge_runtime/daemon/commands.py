@@ -135,6 +135,7 @@ class Commands:
         if not daemon.shelf.changing:  # else whoever installs now does it: no wait for that
             freed = await daemon.shelf.call(self._collect_garbage)
             if freed.size_bytes:
+                await daemon.forget_removed(freed)
                 daemon.events.emit(
                     "garbage_collected", f"{freed.size_bytes} bytes", freed_bytes=freed.size_bytes
                 )
@@ -263,14 +264,14 @@ class Commands:
         freed = await self._daemon.shelf.call(
             lambda store: store.remove(arguments.name, arguments.version)
         )
-        await self._daemon.forget_removed()
+        await self._daemon.forget_removed(freed)
         return {"name": arguments.name, "freed_bytes": freed.size_bytes}
 
     async def gc(self, given: dict[str, Any], fds: list[int], say: Say) -> dict[str, Any]:
         """Delete what nothing needs, and the oldest versions over the byte budget."""
         _arguments(given, NoArguments)
         freed = await self._daemon.shelf.call(self._collect_garbage)
-        await self._daemon.forget_removed()
+        await self._daemon.forget_removed(freed)
         return {
             "freed_bytes": freed.size_bytes,
             "blobs": len(freed.blobs),

@@ -120,6 +120,11 @@ class Crew:
         """What a worker like this took before; 0: not known."""
         return self._needs_bytes.get((spec.generation, spec.variant), 0)
 
+    def forget(self, number: int) -> None:
+        """A generation was removed."""
+        for key in [key for key in self._needs_bytes if key[0] == number]:
+            del self._needs_bytes[key]
+
     def note_loaded(self, worker: WorkerProcess) -> int:
         """A worker is loaded, which is a use of the model; the private bytes that it takes."""
         taken_bytes = self._taken_bytes(worker)

@@ -216,6 +216,11 @@ class Deployment:
         """The generations of its workers, also of those that are being loaded."""
         return {worker.spec.generation for worker in self._crew.living()}
 
+    def forget(self, number: int) -> None:
+        """A generation was removed: nothing is remembered of it."""
+        self._selector.forget(number)
+        self._crew.forget(number)
+
     def residents(self, newcomer: str = "") -> list[Resident]:
         """Its workers with their memory, as they concern a load of the model `newcomer`."""
         return self._crew.residents(own=newcomer == self.name, busy=self.busy)

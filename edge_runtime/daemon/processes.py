@@ -37,6 +37,10 @@ COMPILED_MAX = 4
 LEAVE_S_MAX = 10.0
 
 
+class UnansweredError(BackendError):
+    """There was no answer in time; it may come yet."""
+
+
 class Sharing(Protocol):
     """The process of several workers, as one of them knows it."""
 
@@ -225,25 +229,35 @@ class WorkerProcess:
     async def measure(self, runs: int, time_ms_max: float, patience_s: float) -> list[int]:
         """Have it run a recorded input; the time of each run in ns. Nobody is served meanwhile.
 
+        The answer to an order that was given up is waited for first, and thrown away.
+
         Args:
             time_ms_max: after it no run is begun.
-            patience_s: for the answer.
+            patience_s: for an answer.
 
         Raises:
-            BackendError: the model failed, the worker ended, or there was no answer in time.
+            UnansweredError: there was none in time.
+            BackendError: the model failed, or the worker ended.
         """
+        if self._measured is not None and not self._measured.done():
+            await self._answer(self._measured, patience_s)
         self._measured = asyncio.get_running_loop().create_future()
         self._line.send(channel.Measure(runs, time_ms_max))
-        both: list[asyncio.Future[Any]] = [self._measured, self.ended]
-        done, _ = await asyncio.wait(both, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
-        if not done:
-            raise BackendError(f"did not answer within {patience_s:g} s while it was measured")
-        if not self._measured.done():
-            raise self._error(self.ended.result(), "being measured")
-        answer = self._measured.result()
+        answer = await self._answer(self._measured, patience_s)
         if answer.error:
             raise from_document(answer.error)
         return answer.times_ns
+
+    async def _answer(
+        self, measured: asyncio.Future[channel.Measured], patience_s: float
+    ) -> channel.Measured:
+        both: list[asyncio.Future[Any]] = [measured, self.ended]
+        done, _ = await asyncio.wait(both, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise UnansweredError(f"did not answer within {patience_s:g} s while it was measured")
+        if not measured.done():
+            raise self._error(self.ended.result(), "being measured")
+        return measured.result()
 
     async def drain(self, label: str = "") -> int:
         """Have it hand all its connections back; how many it had.

@@ -63,6 +63,11 @@ class Selector:
         document: dict[str, Any] = msgspec.to_builtins(decision)
         return document
 
+    def forget(self, number: int) -> None:
+        """A generation was removed."""
+        self._known.pop(number, None)
+        self._single.discard(number)
+
     def left(self, number: int) -> list[str]:
         """The variants that are not used any more, in the order in which they were left."""
         decision = self._known.get(number)
@@ -209,8 +214,9 @@ class Selector:
 
     async def _keep(self, number: int) -> None:
         """Store what is decided about a generation now."""
-        decision = self._known[number]
-        assert decision is not None
+        decision = self._known.get(number)
+        if decision is None:  # removed meanwhile
+            return
         try:
             await self._parts.shelf.switch(lambda store: store.keep_decision(decision))
         except EdgeError as error:

@@ -40,7 +40,7 @@ from edge_runtime.errors import EdgeError, NotFoundError, UnavailableError
 from edge_runtime.events import Events, Level, LevelSink, RingSink, TeeSink, sink_for
 from edge_runtime.files import SystemFiles
 from edge_runtime.serving import sandbox
-from edge_runtime.store import Store
+from edge_runtime.store import Freed, Store
 from edge_runtime.wire import frames, messages, sockets
 from edge_runtime.wire.frames import Kind
 
@@ -312,8 +312,11 @@ class Supervisor:
             return
         self.router.listen(sock, name)
 
-    async def forget_removed(self) -> None:
-        """Models of which nothing is installed any more."""
+    async def forget_removed(self, freed: Freed) -> None:
+        """What was removed, and models of which nothing is installed any more."""
+        for one in freed.generations:
+            if one.name in self._deployments:
+                self._deployments[one.name].forget(one.number)
         left = await self.shelf.read(lambda store: store.models())
         for name in self._deployments.keys() - set(left):
             del self._deployments[name]

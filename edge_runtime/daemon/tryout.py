@@ -17,7 +17,7 @@ from edge_runtime.daemon import energy
 from edge_runtime.daemon.crew import Crew
 from edge_runtime.daemon.loading import Loader
 from edge_runtime.daemon.parts import Parts
-from edge_runtime.daemon.processes import WorkerProcess
+from edge_runtime.daemon.processes import UnansweredError, WorkerProcess
 from edge_runtime.daemon.selecting import Hurry
 from edge_runtime.errors import EdgeError, GoldenError, ModelError, NoMemoryError
 from edge_runtime.serving import selection
@@ -26,7 +26,8 @@ from edge_runtime.store import Generation
 from edge_runtime.store.decisions import Decision, Tried
 
 # A slice that takes so many times what it should, and at least so long, is not waited for. A slow
-# card that is busy stalls whoever reads from it for seconds: that must not refuse every variant.
+# card that is busy stalls whoever reads from it for seconds: that must not refuse a variant for as
+# long as the decision stands. So a slice is tried twice.
 SLICE_PATIENCE = 10.0
 SLICE_S_MIN = 3.0
 
@@ -237,20 +238,31 @@ class Tryout:
 
     async def _slice(self, name: str, series: Series) -> None:
         """One variant's part of a round; one that fails is refused and ended."""
-        worker, run_ns = self._workers[name], self._run_ns(name)
-        runs = selection.runs_of_slice(run_ns)
-        slice_ms = max(selection.SLICE_NS, run_ns) / 1e6
-        patience_s = max(SLICE_S_MIN, slice_ms / 1e3 * SLICE_PATIENCE)
-        energy_uj = energy.read_uj()
         try:
-            times_ns = await worker.measure(runs, slice_ms, patience_s)
+            try:
+                times_ns, used_uj = await self._runs(name)
+            except UnansweredError:
+                times_ns, used_uj = await self._runs(name)
         except EdgeError as error:
             self._refuse(name, error)
-            self._crew.kill(worker)
-            del self._workers[name]
-            return
-        used_uj = energy.used_uj(energy_uj, energy.read_uj())
-        series.add(times_ns, used_uj)
+            self._crew.kill(self._workers.pop(name))
+        else:
+            series.add(times_ns, used_uj)
+
+    async def _runs(self, name: str) -> tuple[list[int], float | None]:
+        """A slice's runs of one variant: the time of each in ns, and what the machine used, in uJ.
+
+        Raises:
+            EdgeError: it failed, or gave no answer in time.
+        """
+        run_ns = self._run_ns(name)
+        slice_ms = max(selection.SLICE_NS, run_ns) / 1e6
+        patience_s = max(SLICE_S_MIN, slice_ms / 1e3 * SLICE_PATIENCE)
+        before_uj = energy.read_uj()
+        times_ns = await self._workers[name].measure(
+            selection.runs_of_slice(run_ns), slice_ms, patience_s
+        )
+        return times_ns, energy.used_uj(before_uj, energy.read_uj())
 
     def _measured(self, name: str, series: Series) -> Measured:
         worker = self._workers[name]

@@ -95,18 +95,15 @@ def _models(arguments: argparse.Namespace) -> int:
     from quantize import comparing
     from quantize.recipe import Data, Evaluation
 
-    progress = Progress(sys.stderr, quiet=arguments.json)
-    try:
+    with Progress(sys.stderr, quiet=arguments.json) as progress:
         found = comparing.model_files(
             (arguments.first, arguments.second),
             Data(arguments.data),
             Evaluation(samples=arguments.samples),
             arguments.confidence,
             arguments.threads,
-            lambda what: progress.update(what, 0, 0),
+            progress.update,
         )
-    finally:
-        progress.close()
     if arguments.json:
         output.print_json(msgspec.to_builtins(found))
     else:

@@ -123,19 +123,14 @@ def _work(arguments: argparse.Namespace, recipe: Recipe, ready: Prepared) -> Fin
     from edge_runtime.cli.progress import Progress
     from quantize import workflow
 
-    progress = Progress(sys.stderr, quiet=arguments.json)
-
-    def say(what: str) -> None:
-        progress.update(what, 0, 0)
-
-    with tempfile.TemporaryDirectory(prefix="edge-quantize-") as temporary:
+    with (
+        tempfile.TemporaryDirectory(prefix="edge-quantize-") as temporary,
+        Progress(sys.stderr, quiet=arguments.json) as progress,
+    ):
         folder = arguments.work or Path(temporary)
-        try:
-            if recipe.search is None:
-                return workflow.run(ready, folder, arguments.out, say)
-            return _searched(arguments, recipe, folder, say)
-        finally:
-            progress.close()
+        if recipe.search is None:
+            return workflow.run(ready, folder, arguments.out, progress.update)
+        return _searched(arguments, recipe, folder, progress.update)
 
 
 def _searched(

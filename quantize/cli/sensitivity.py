@@ -41,8 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     from quantize import sensitivity
     from quantize.report import layers
 
-    progress = Progress(sys.stderr, quiet=arguments.json)
-    try:
+    with Progress(sys.stderr, quiet=arguments.json) as progress:
         found = sensitivity.of_model(
             sensitivity.Question(
                 arguments.model,
@@ -52,10 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.samples,
                 arguments.method,
             ),
-            lambda what: progress.update(what, 0, 0),
+            progress.update,
         )
-    finally:
-        progress.close()
     if arguments.json:
         output.print_json(msgspec.to_builtins(found))
     else:

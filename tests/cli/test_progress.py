@@ -39,10 +39,9 @@ def test_a_bar_shows_its_share() -> None:
 
 def test_without_a_terminal_there_is_a_line_per_quarter() -> None:
     stream = io.StringIO()
-    shown = progress.Progress(stream)
-    for event in EVENTS:
-        shown.update(event["text"], event.get("done", 0), event.get("total", 0))
-    shown.close()
+    with progress.Progress(stream) as shown:
+        for event in EVENTS:
+            shown.update(event["text"], event.get("done", 0), event.get("total", 0))
     assert stream.getvalue().split("\n") == [
         "copying   0% of 1.0 MiB",
         "copying  25% of 1.0 MiB",

@@ -13,7 +13,7 @@ import pytest
 
 from edge_runtime.clock import SystemClock
 from edge_runtime.daemon.line import Line
-from edge_runtime.daemon.processes import WorkerProcess
+from edge_runtime.daemon.processes import UnansweredError, WorkerProcess
 from edge_runtime.daemon.reaper import Reaper
 from edge_runtime.serving import channel, page
 from edge_runtime.serving.spec import WorkerSpec
@@ -150,6 +150,25 @@ def test_a_worker_cannot_claim_more_connections_than_it_was_given():
             await asyncio.sleep(0)
         assert (worker.connections(), worker.connections_of(1000)) == (2, 1)
         assert worker.connections_of(1002) == 0
+        worker.not_forked("it was only a test")
+        theirs.close()
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one():
+    async def main() -> None:
+        spec = WorkerSpec("m", 1, 1, "fp32", "reference", "/nowhere", "", (), ())
+        worker = WorkerProcess(spec, "", SystemClock(), lambda *_: None, lambda *_: None)
+        theirs = socket.socket(fileno=worker.descriptors()[0])
+        with pytest.raises(UnansweredError, match="did not answer"):
+            await worker.measure(3, 1.0, patience_s=0.01)
+        again = asyncio.ensure_future(worker.measure(4, 1.0, patience_s=10.0))
+        for runs in (3, 4):
+            order, _ = await asyncio.to_thread(channel.receive, theirs)
+            assert isinstance(order, channel.Measure) and order.runs == runs
+            channel.send(theirs, channel.Measured([runs] * runs))
+        assert await again == [4, 4, 4, 4]
         worker.not_forked("it was only a test")
         theirs.close()
 

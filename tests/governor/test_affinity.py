@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +92,19 @@ def test_a_process_that_is_gone_or_cores_that_are_not_there_are_no_error(process
     process.popen.wait()
     affinity.confine([process.pid], frozenset(CORES[:1]))
     affinity.release()
+
+
+def test_a_thread_that_has_ended_is_forgotten_as_its_number_may_come_back() -> None:
+    affinity, pid, go = Affinity(), os.getpid(), threading.Event()
+    thread = threading.Thread(target=go.wait)
+    thread.start()
+    affinity.confine([pid], frozenset(CORES))
+    assert thread.native_id in affinity._before[pid]
+    go.set()
+    thread.join()
+    deadline_s = time.monotonic() + 5
+    while Path(f"/proc/{pid}/task/{thread.native_id}").exists():
+        assert time.monotonic() < deadline_s
+    affinity.confine([pid], frozenset(CORES))
+    assert thread.native_id not in affinity._before[pid]
+    assert pid in affinity._before[pid]

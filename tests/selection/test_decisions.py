@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 
 from edge_runtime.clock import ManualClock
+from edge_runtime.daemon.selecting import Selector
 from edge_runtime.errors import NotFoundError, StorageError
 from edge_runtime.files import SystemFiles
 from edge_runtime.store import Store, records
@@ -116,3 +120,16 @@ def test_whatever_step_fails_the_old_or_the_new_decision_is_read_and_the_store_i
         if not fault.fired:
             break
     assert nth > 1  # at least one step was spoiled
+
+
+def test_of_a_generation_that_was_removed_nothing_is_remembered() -> None:
+    class Shelf:
+        async def read(self, _step: object) -> Decision:
+            return DECISION
+
+    parts: Any = SimpleNamespace(name=NAME, shelf=Shelf())
+    anything: Any = None
+    selector = Selector(parts, anything, anything)
+    assert asyncio.run(selector.decision(1)) == DECISION and selector.describe(1)
+    selector.forget(1)
+    assert selector.describe(1) is None and selector.left(1) == []
