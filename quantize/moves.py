@@ -29,13 +29,16 @@ class Facts(NamedTuple):
 
     Attributes:
         operators: kinds of its nodes. slow: nodes to leave float for speed. layers: nodes that can
-            be quantized, the most sensitive first.
+            be quantized, the most sensitive first. four: of a .tflite model those whose weights may
+            have 4 bits, in its order; connected: the fully connected ones among them.
     """
 
     format: str
     operators: frozenset[str]
     slow: Slow = Slow()
     layers: tuple[str, ...] = ()
+    four: tuple[str, ...] = ()
+    connected: tuple[str, ...] = ()
 
 
 class Idea(NamedTuple):
@@ -92,11 +95,15 @@ SHOTS: dict[tuple[str, str], tuple[_Shot, ...]] = {
     ),
     (ONNX, "openvino"): (*_PAIRS, *_BY_NNCF),
     (TFLITE, "litert"): (
-        _edge("static", use="tflite_int8"),
+        _edge("static", use="tflite_int8", method="average"),
+        _edge("static minmax", use="tflite_int8", method="minmax"),
+        _edge("static percentile", use="tflite_int8", method="percentile"),
+        _edge("static mse", use="tflite_int8", method="mse"),
         _edge("static a16w8", use="tflite_int8", activations=16),
         _edge("dynamic", use="tflite_weights"),
         _edge("weights", use="tflite_weights", compute="float"),
         _edge("4-bit weights", use="tflite_weights", bits=4),
+        _edge("float16", use="tflite_float16"),
     ),
 }
 _RANGES: tuple[dict[str, Any], ...] = (
@@ -107,7 +114,9 @@ _RANGES: tuple[dict[str, Any], ...] = (
     {"method": "percentile", "percentile": 99.99},
     {"method": "percentile", "percentile": 99.999},
 )
-_EXCLUDING = ("static_int8", "nncf_int8")
+_TFLITE_RANGES = ({"method": "average"}, *(one for one in _RANGES if one["method"] != "entropy"))
+_EXCLUDING = ("static_int8", "nncf_int8", "tflite_int8")
+_FEWER_BITS = ("tflite_int8", "tflite_weights")
 
 
 def single_shots(
@@ -159,6 +168,33 @@ def by_sensitivity(facts: Facts, found: Sequence[Trial], _: Search) -> list[Idea
     return ideas
 
 
+def in_four_bits(facts: Facts, found: Sequence[Trial], _: Search) -> list[Idea]:
+    """Weights of 4 bits: of all operators that can, and of all but the most sensitive ones.
+
+    Fully connected operators come last in most networks, and are the ones that keep their speed.
+    """
+    ideas = []
+    for parent in parents(found):
+        if parent.variant.passes[-1]["use"] not in _FEWER_BITS:
+            continue
+        for why, names in _four_bit_sets(facts).items():
+            variant = _with(parent.variant, four_bits=list(names))
+            ideas.append(Idea(variant, f"{parent.variant.name}: {why} in 4 bits"))
+    return ideas
+
+
+def _four_bit_sets(facts: Facts) -> dict[str, tuple[str, ...]]:
+    """Names by what they are; the same set is there once."""
+    sets = {"weights that can be": facts.four, "fully connected": facts.connected}
+    for count in (1, 2, 4):
+        tough = set(facts.layers[:count])
+        sets[f"connected but the {count} most sensitive"] = tuple(
+            one for one in facts.connected if one not in tough
+        )
+    once = {names: why for why, names in reversed(sets.items()) if names}
+    return {why: names for names, why in reversed(once.items())}
+
+
 def pruned(facts: Facts, found: Sequence[Trial], search: Search) -> list[Idea]:
     """Fewer channels before integers."""
     if facts.format != ONNX:
@@ -176,6 +212,7 @@ STAGES: tuple[Callable[[Facts, Sequence[Trial], Search], list[Idea]], ...] = (
     for_speed,
     pruned,
     by_sensitivity,
+    in_four_bits,
 )
 
 
@@ -197,7 +234,8 @@ def _plain(variant: Variant) -> bool:
     return (
         last.get("use") in _EXCLUDING
         and not last.get("exclude")
-        and last.get("activations", "u8") == "u8"
+        and last.get("activations", "u8") in ("u8", 8)
+        and not last.get("four_bits")
         and last.get("format", "qdq") == "qdq"
         and not any(step["use"] == "prune_channels" for step in variant.passes)
     )
@@ -250,6 +288,15 @@ def _steps(
         changed = (*variant.passes[:-1], {**plain, **ranges})
         yield Variant("", variant.backend, variant.options, changed), "other ranges"
         yield _with(variant, per_channel=not last.get("per_channel", True)), "other weight scales"
+    if last["use"] == "tflite_int8":
+        ranges = _TFLITE_RANGES[int(rng.integers(len(_TFLITE_RANGES)))]
+        plain = {key: value for key, value in last.items() if key not in ("method", "percentile")}
+        changed = (*variant.passes[:-1], {**plain, **ranges})
+        yield Variant("", variant.backend, variant.options, changed), "other ranges"
+    if last["use"] in _FEWER_BITS and facts.four and last.get("bits", 8) == 8:
+        name = facts.four[int(rng.integers(len(facts.four)))]
+        small = sorted({*last.get("four_bits", ())} ^ {name})
+        yield _with(variant, four_bits=small), f"{name} changes bits"
     if last["use"] == "nncf_int8":
         slow = not last.get("fast_bias_correction", True)
         yield _with(variant, fast_bias_correction=slow), "other bias correction"
@@ -294,6 +341,8 @@ def label(variant: Variant) -> str:
     ]
     if last.get("per_channel") is False:
         words.append("per-tensor")
+    if last.get("four_bits"):
+        words.append("w4")
     if last.get("exclude"):
         words.append("mixed")
     return "-".join(words)

@@ -7,17 +7,17 @@ histograms of a bounded number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from quantize import checks, onnx_door, onnxruntime_door, ranges
+from quantize import checks, litert_door, onnx_door, onnxruntime_door, ranges, tflite_ops
 from quantize.building import Built
 from quantize.datasets import Dataset, Split
 from quantize.models import ModelFile
-from quantize.passes import Bench, Feeds, Say
+from quantize.passes import ONNX, TFLITE, Bench, Feeds, Say
 from quantize.ranges import Histogram
 from quantize.results import Activation, Clipping, Finding
 
@@ -61,7 +61,7 @@ def observe(
     found = checks.inputs(split.calibration.inputs, split.evaluation.inputs)
     kept = _ranges(built)
     activations: tuple[Activation, ...] = ()
-    if source.path.suffix == ".onnx" and kept:
+    if source.format in _LOOKING and kept:
         say("looking at what quantized tensors hold")
         activations = _activations(source, split, kept)
     if not found:  # else the rest follows from it
@@ -88,7 +88,7 @@ def _of_classes(source: ModelFile, split: Split, answers: Array, output: str) ->
     """By the labels of both sets, or by what the float model says of both."""
     mine, given = _classes(split.calibration), _classes(split.evaluation)
     if mine is None or given is None:
-        if source.path.suffix != ".onnx" or answers.ndim != 2 or answers.shape[1] < 2:
+        if source.format not in _LOOKING or answers.ndim != 2 or answers.shape[1] < 2:
             return []
         runs = _values(source, _first(split.calibration), {output})
         mine = np.concatenate([values[output].argmax(axis=1) for _, values in runs])
@@ -108,8 +108,8 @@ def _ranges(built: Sequence[Built]) -> dict[str, dict[str, tuple[float, float]]]
     """By tensor and variant."""
     kept: dict[str, dict[str, tuple[float, float]]] = {}
     for one in built:
-        if one.path is not None and one.path.suffix == ".onnx" and one.steps:
-            for tensor, span in onnx_door.quantized_ranges(onnx_door.load(one.path)).items():
+        if one.path is not None and one.path.suffix in _RANGES and one.steps:
+            for tensor, span in _RANGES[one.path.suffix](one.path).items():
                 kept.setdefault(tensor, {})[one.variant.name] = span
     return kept
 
@@ -199,12 +199,29 @@ def _values(source: ModelFile, feeds: Feeds, wanted: set[str]) -> Iterator[tuple
     largest = max(array[0].size for array in feeds.values())
     rows = min(max(ROW_VALUES_MAX // max(largest, 1), 1), ROWS_MAX)
     given = {name for name in feeds if name in wanted}
-    runs = onnxruntime_door.activations(Path(source.path), feeds, bench, wanted - set(feeds), rows)
+    runs = _LOOKING[source.format](source.path, feeds, bench, wanted - set(feeds), rows)
     step = rows if source.batch_axis == 0 else 1
     for index, values in enumerate(runs):
         own = {name: feeds[name][index * step : (index + 1) * step] for name in given}
         count = len(next(iter(feeds.values()))[index * step : (index + 1) * step])
         yield count, {name: value for name, value in (own | values).items() if value.size}
+
+
+def _onnx_ranges(path: Path) -> dict[str, tuple[float, float]]:
+    return onnx_door.quantized_ranges(onnx_door.load(path))
+
+
+def _tflite_ranges(path: Path) -> dict[str, tuple[float, float]]:
+    return tflite_ops.ranges(litert_door.graph(path))
+
+
+# By the format of the float model: runs of it that show all tensors.
+_LOOKING: dict[str, Callable[[Path, Feeds, Bench, set[str], int], Iterable[Feeds]]] = {
+    ONNX: onnxruntime_door.activations,
+    TFLITE: litert_door.activations,
+}
+# By the ending of a quantized file: what its tensors can say.
+_RANGES = {".onnx": _onnx_ranges, ".tflite": _tflite_ranges}
 
 
 def _first(data: Dataset) -> Feeds:

@@ -201,19 +201,13 @@ def histograms(source: Path, feeds: Feeds, bench: Bench) -> dict[str, ranges.His
     Two passes over the samples: ranges first, then counts, so that memory is that of one run.
     """
     names, session = _watched(source)
-    kept: dict[str, ranges.Histogram] = {}
-    limits: dict[str, tuple[float, float]] = {}
     names = [*names, *feeds]
-    for values in _runs(session, names, feeds, bench):
-        for name, value in zip(names, values, strict=True):
-            low, high = limits.get(name, (0.0, 0.0))
-            if value.size:
-                limits[name] = min(low, float(value.min())), max(high, float(value.max()))
-    for values in _runs(session, names, feeds, bench):
-        for name, value in zip(names, values, strict=True):
-            if name in limits:
-                kept[name] = ranges.counted(kept.get(name), value, *limits[name])
-    return kept
+
+    def runs() -> Iterator[Feeds]:
+        for values in _runs(session, names, feeds, bench):
+            yield dict(zip(names, values, strict=True))
+
+    return ranges.histograms(runs)
 
 
 def activations(

@@ -7,13 +7,17 @@ training 4-bit quantization of convolutional networks"), searched here and not i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
 
+Values = Mapping[str, Array]  # of one run, by tensor
+
 BINS = 2048
+KEPT = 0.95  # of a moving average
 STEPS = 60  # clippings tried per side: 1 % of the range each down to 40 %
 
 
@@ -35,6 +39,57 @@ def counted(before: Histogram | None, values: Array, low: float, high: float) ->
     high = high if high > low else low + 1e-6
     counts, _ = np.histogram(values, bins=BINS, range=(low, high))
     return Histogram(counts if before is None else before.counts + counts, low, high)
+
+
+def histograms(runs: Callable[[], Iterable[Values]]) -> dict[str, Histogram]:
+    """Of every tensor over all runs; `runs` is called twice: for the extremes, then to count."""
+    limits = extremes(runs())
+    found: dict[str, Histogram] = {}
+    for values in runs():
+        for name, value in values.items():
+            if name in limits:
+                found[name] = counted(found.get(name), value, *limits[name])
+    return found
+
+
+def extremes(runs: Iterable[Values]) -> dict[str, tuple[float, float]]:
+    """By tensor the smallest and largest value, and 0."""
+    found: dict[str, tuple[float, float]] = {}
+    for values in runs:
+        for name, value in values.items():
+            low, high = found.get(name, (0.0, 0.0))
+            if value.size:
+                found[name] = min(low, float(value.min())), max(high, float(value.max()))
+    return found
+
+
+def averaged(runs: Iterable[Values]) -> dict[str, tuple[float, float]]:
+    """By tensor a moving average of the extremes of each run, the last ones counting most.
+
+    So ai-edge-quantizer and TensorFlow do it, with this KEPT: what few samples reach is cut off.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for values in runs:
+        for name, value in values.items():
+            if value.size:
+                new = float(value.min()), float(value.max())
+                old = found.get(name, new)
+                low, high = (KEPT * a + (1 - KEPT) * b for a, b in zip(old, new, strict=True))
+                found[name] = low, high
+    return found
+
+
+def percentile(found: dict[str, Histogram], percent: float) -> dict[str, tuple[float, float]]:
+    """Per tensor the range that keeps so many percent of its values, half of the rest per side."""
+    cut = (1 - percent / 100) / 2
+    kept = {}
+    for name, one in found.items():
+        shares = np.cumsum(one.counts) / max(float(one.counts.sum()), 1.0)
+        edges = np.linspace(one.low, one.high, len(one.counts) + 1)
+        low = edges[np.searchsorted(shares, cut, side="right")]
+        high = edges[min(int(np.searchsorted(shares, 1 - cut)) + 1, len(one.counts))]
+        kept[name] = min(float(low), 0.0), max(float(high), 0.0)
+    return kept
 
 
 def mse(found: dict[str, Histogram], bits: int) -> dict[str, tuple[float, float]]:

@@ -28,12 +28,15 @@ from quantize import (
     executors,
     kernels,
     latency,
+    litert_door,
     models,
     moves,
     pareto,
+    probes,
     results,
     scratch,
     sensitivity,
+    tflite_ops,
     trainings,
     trials,
     verdict,
@@ -42,9 +45,7 @@ from quantize import (
 from quantize.executors import Done, Executor, Job
 from quantize.latency import Timed
 from quantize.moves import Facts, Idea
-from quantize.passes import ONNX, Bench, Say
-from quantize.passes.integer import StaticInt8
-from quantize.pruning import work
+from quantize.passes import ONNX, TFLITE, Bench, Say
 from quantize.recipe import Budgets, Recipe, Search, Variant
 from quantize.results import Outcome
 from quantize.trials import Found, Journal, Trial
@@ -287,6 +288,15 @@ def _can_import(module: str) -> bool:
 
 def _facts(run: _Run) -> Facts:
     source = run.ready.source
+    if source.format == TFLITE:
+        graph = litert_door.graph(source.path)
+        return Facts(
+            TFLITE,
+            frozenset(one.kind for one in graph.operators),
+            tflite_ops.slow(graph),
+            four=tflite_ops.of_kinds(graph, tflite_ops.FOUR_BITS),
+            connected=tflite_ops.of_kinds(graph, {"FULLY_CONNECTED"}),
+        )
     if source.format != ONNX:
         return Facts(source.format, frozenset())
     clean = _clean(run.ready, run.kept)
@@ -307,7 +317,7 @@ def _clean(ready: Prepared, kept: scratch.Scratch) -> Path:
 
 def _with_layers(run: _Run, facts: Facts) -> Facts:
     """The facts with the layers by sensitivity; that is a job too, done once per work folder."""
-    if facts.format != ONNX or run.clock.left_s <= 0:
+    if run.clock.left_s <= 0:
         return facts
     name = scratch.key("layers", trials.context(run.ready))
     given = trials.order(run.recipe, Variant("layers"), run.kept.folder)
@@ -335,30 +345,25 @@ def rank_layers(given: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ranked(ready: Prepared, kept: scratch.Scratch) -> list[sensitivity.Layer]:
-    clean = models.read(_clean(ready, kept))
-    macs = work.macs(clean.path)
-    count = int(min(max(MACS_PER_LAYER / max(macs, 1), SAMPLES_MIN), len(ready.split.evaluation)))
-    count = min(count, sensitivity.SAMPLES_DEFAULT)
-    data = ready.split.evaluation.take(np.arange(count))
+    source = ready.source
+    if source.format == ONNX:
+        source = models.read(_clean(ready, kept))
     bench = Bench(
         ready.split.calibration.feeds,
-        clean.inputs,
-        clean.outputs,
-        clean.batch_axis,
+        source.inputs,
+        source.outputs,
+        source.batch_axis,
         ready.recipe.seed,
         lambda _: None,
     )
     with tempfile.TemporaryDirectory() as folder:
-        probe = sensitivity.Probe(
-            clean,
-            bench,
-            data,
-            ready.judge.metric,
-            ready.judge.output,
-            StaticInt8(),
-            Path(folder),
-        )
-        return sensitivity.layers(probe, clean, bench, lambda _: None)
+        parts = probes.parts(source, bench, "", Path(folder))
+        count = int(max(MACS_PER_LAYER / max(parts.work, 1), SAMPLES_MIN))
+        count = min(count, len(ready.split.evaluation), sensitivity.SAMPLES_DEFAULT)
+        data = ready.split.evaluation.take(np.arange(count))
+        judge = ready.judge
+        probe = sensitivity.Probe(source, parts, data, judge.metric, judge.output, Path(folder))
+        return sensitivity.layers(probe, lambda _: None)
 
 
 # --- trials ---------------------------------------------------------------------------------------

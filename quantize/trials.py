@@ -16,7 +16,18 @@ import numpy as np
 
 from edge_runtime.backends import backend
 from edge_runtime.errors import ModelError
-from quantize import building, clusters, datasets, foreign, onnx_door, passes, scratch, workflow
+from quantize import (
+    building,
+    clusters,
+    datasets,
+    foreign,
+    litert_door,
+    onnx_door,
+    passes,
+    scratch,
+    tflite_ops,
+    workflow,
+)
 from quantize.evaluating import Judge
 from quantize.pruning import work
 from quantize.recipe import Recipe, Variant
@@ -177,6 +188,8 @@ def answers(judge: Judge, variant: Variant, path: Path) -> Array:
 
 def work_of(path: Path) -> int:
     """See Found.work."""
+    if path.suffix == ".tflite":
+        return tflite_ops.work(litert_door.graph(path), FLOAT_COST)
     if path.suffix != ".onnx":
         return 0
     graph = onnx_door.load(path).graph

@@ -13,7 +13,7 @@ from typing import Any
 from edge_runtime.cli import arguments as args
 from edge_runtime.cli import output
 
-METHODS = ("minmax", "entropy", "percentile", "mse")
+METHODS = ("average", "minmax", "entropy", "percentile", "mse")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--samples", type=args.count, default=0, metavar="N", help="judge each layer by so many"
     )
-    parser.add_argument("--method", choices=METHODS, default="minmax", help="how ranges are read")
+    parser.add_argument("--method", choices=METHODS, default="", help="how ranges are read")
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
     parser.set_defaults(handler=run)
 

@@ -49,6 +49,7 @@ PASSES: dict[str, str] = {
     "nncf_int8": "quantize.passes.openvino:NncfInt8",
     "tflite_int8": "quantize.passes.tflite:TfliteInt8",
     "tflite_weights": "quantize.passes.tflite:TfliteWeights",
+    "tflite_float16": "quantize.passes.tflite:TfliteFloat16",
 }
 
 

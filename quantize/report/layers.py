@@ -5,13 +5,18 @@ Law of this file: values to lines.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 
 from edge_runtime.cli import output
-from quantize.sensitivity import SQNR_DB_MAX, Layer, Sensitivity
+from quantize.noise import SQNR_DB_MAX
+from quantize.sensitivity import Layer, Sensitivity
 
 HEADERS = ("layer", "operator", ">answer", ">loss", ">alone", ">in all", ">work", "noise")
 BAR_WIDTH = 20
+NAME_WIDTH = 44
+_PLAIN = re.compile(r"[\w/.;-]+")  # needs no quotes in a recipe
 
 
 def text(found: Sensitivity, width: int | None = None) -> str:
@@ -24,7 +29,7 @@ def text(found: Sensitivity, width: int | None = None) -> str:
 
 def _row(one: Layer, loudest: float, quietest: float) -> tuple[str, ...]:
     return (
-        one.name,
+        _short(one.name),
         one.operator,
         _decibels(one.sqnr_db),
         f"{one.loss:+.4f}",
@@ -33,6 +38,11 @@ def _row(one: Layer, loudest: float, quietest: float) -> tuple[str, ...]:
         f"{one.macs_share:.1%}",
         bar(one.sqnr_db, loudest, quietest),
     )
+
+
+def _short(name: str) -> str:
+    """Names in .tflite files are paths, several of them after a fusion; the end tells most."""
+    return name if len(name) <= NAME_WIDTH else "…" + name[1 - NAME_WIDTH :]
 
 
 def bar(sqnr_db: float, loudest: float, quietest: float) -> str:
@@ -66,4 +76,9 @@ def _verdict(found: Sensitivity) -> Iterator[str]:
             f"Leaving {len(found.exclude)} of {len(found.layers)} float loses"
             f" {found.loss_excluded:+.4f}:"
         )
-        yield "  exclude: [" + ", ".join(output.printable(one) for one in found.exclude) + "]"
+        yield "  exclude: [" + ", ".join(map(_quoted, found.exclude)) + "]"
+
+
+def _quoted(name: str) -> str:
+    """As it stands in a recipe."""
+    return name if _PLAIN.fullmatch(name) else json.dumps(output.printable(name))

@@ -85,12 +85,6 @@ def test_every_layer_of_the_example_is_judged_also_where_a_relu_was_swallowed(
     assert ranked == sorted(ranked)
 
 
-def test_a_tflite_model_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    model = MODEL.with_suffix(".tflite")
-    assert cli.main(["sensitivity", str(model), "--data", "x.npz"]) == 2
-    assert "ONNX" in capsys.readouterr().err
-
-
 # --- proposing ------------------------------------------------------------------------------------
 
 
