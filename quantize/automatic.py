@@ -15,10 +15,12 @@ import msgspec
 
 from device_profiles import loading
 from device_profiles.schema import ProfileError
+from edge_runtime.bundle import openvino_ir
+from edge_runtime.bundle import source as contents
 from edge_runtime.errors import NotFoundError, UsageError
-from quantize import kernels, models, onnx_door, proposing
+from quantize import causes, kernels, models, onnx_door, proposing
 from quantize.models import ModelFile
-from quantize.passes import FLOAT, ONNX
+from quantize.passes import FLOAT, ONNX, OPENVINO
 from quantize.recipe import Budgets, Data, Evaluation, Pack, Recipe, Search
 
 # The module that a backend needs here, on the builder's machine, to be measured at all.
@@ -63,7 +65,9 @@ def recipe(wish: Wish) -> Recipe:
         )
     backends = [one for one in target_backends(wish.target) if is_here(one)]
     thin = kernels.slow(source.path).thin if source.format == ONNX else ()
-    proposal = proposing.propose(source, operators(source), backends, _can_import, thin)
+    proposal = proposing.propose(
+        source, operators(source), backends, _can_import, thin, causes.processor_features()
+    )
     if not proposal.variants:
         raise UsageError(
             f"nothing to try for {wish.target}: none of its backends is installed and reads"
@@ -115,8 +119,11 @@ def _can_import(module: str) -> bool:
 
 
 def operators(source: ModelFile) -> set[str]:
-    """Kinds of nodes of an ONNX model; none for other formats."""
-    if source.path.suffix != ".onnx":
+    """Kinds of nodes of an ONNX model or IR; none for .tflite."""
+    if source.format == OPENVINO:
+        graph = openvino_ir.read(contents.from_path(source.path))
+        return {name for _, name in graph.operators}
+    if source.format != ONNX:
         return set()
     return {node.op_type for node in onnx_door.load(source.path).graph.node}
 

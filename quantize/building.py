@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import edge_runtime
 from edge_runtime.errors import EdgeError
-from quantize import datasets, models, passes, scratch
+from quantize import datasets, models, passes, recipe, scratch
 from quantize.datasets import Dataset
 from quantize.models import ModelFile
 from quantize.passes import Bench, Pass, Say
@@ -82,7 +82,11 @@ def build(
     except EdgeError as error:
         return Built(chain.variant, None, "", steps, str(error))
     refusal = _changed(source, result)
-    return Built(chain.variant, None if refusal else path, result.precision, steps, refusal)
+    precision = result.precision
+    if precision.startswith("fp"):
+        asked = recipe.computes_in(chain.variant.backend, chain.variant.options)
+        precision = asked or precision
+    return Built(chain.variant, None if refusal else path, precision, steps, refusal)
 
 
 def keys(chain: Chain, source: ModelFile, calibration: Dataset, seed: int) -> list[str]:

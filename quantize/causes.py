@@ -21,7 +21,9 @@ from quantize.results import Evaluated
 DOT_PRODUCTS = frozenset(
     {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "avx_vnni_int8"}
 )
-INTERESTING = DOT_PRODUCTS | {"avx2", "avx512f", "amx_bf16", "avx512_bf16", "bf16", "fphp", "sve"}
+# Units that compute in bfloat16: with one of them OpenVINO takes it for float models, untold.
+BFLOAT16 = frozenset({"amx_bf16", "avx512_bf16"})
+INTERESTING = DOT_PRODUCTS | BFLOAT16 | {"avx2", "avx512f", "bf16", "fphp", "sve"}
 # A graph in which more of the pairs than this touch no integer kernel pays for them all the time.
 UNFUSED_SHARE = 0.5
 _COMPUTING = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
@@ -49,12 +51,18 @@ def beside(one: Evaluated, reference: Evaluated) -> tuple[str, ...]:
 
 
 def _of_backend(one: Evaluated) -> Iterator[str]:
-    if one.backend == "openvino" and one.precision in ("", "fp32"):
+    if one.backend == "openvino" and one.precision in ("", "fp32", "fp16", "bf16"):
         hint = one.options.get("precision", "f32")
-        yield (
-            f"computes in {hint}, as told; left to itself OpenVINO takes bf16 on processors with"
-            " AMX"
-        )
+        yield f"computes in {hint}, as told; left to itself OpenVINO takes {_untold()}"
+
+
+def _untold() -> str:
+    """What OpenVINO computes float models in when nobody says."""
+    if platform.machine() == "aarch64":
+        return "f16 on ARM processors that have it"
+    if processor_features() & BFLOAT16:
+        return "bf16 on this processor"
+    return "bf16 on processors with units for it (AVX512_BF16, AMX)"
 
 
 # --- causes ---------------------------------------------------------------------------------------

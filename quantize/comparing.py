@@ -21,7 +21,6 @@ from quantize.automatic import is_here
 from quantize.datasets import Dataset
 from quantize.latency import Timed
 from quantize.models import ModelFile
-from quantize.passes import TFLITE
 from quantize.recipe import Data, Evaluation
 from quantize.results import Evaluated, Outcome
 from quantize.scores import Difference, Interval
@@ -155,7 +154,7 @@ def model_files(
             f"{one.backend} {answer.backend_version}",
             scores.interval(each, confidence, evaluation.seed, whole.groups),
             time.p50_ms,
-            path.stat().st_size,
+            one.path.stat().st_size,
         )
         for path, one, answer, each, time in zip(paths, candidates, got, points, times, strict=True)
     ]
@@ -166,7 +165,7 @@ def model_files(
 
 
 def _candidate(name: str, one: ModelFile, threads: int) -> Candidate:
-    backend = "litert" if one.format == TFLITE else "onnxruntime"
+    backend = models.BACKENDS[one.format]
     if not is_here(backend):
         raise UsageError(
             f"{backend} is not installed",

@@ -122,7 +122,7 @@ def _needed(judged: list[Evaluated]) -> list[Evaluated]:
     kept: list[Evaluated] = []
     for one in judged:
         rivals = [each for each in kept if not each.refusal]
-        if not one.refusal and one.steps:
+        if not one.refusal and not one.is_float:
             one = msgspec.structs.replace(one, refusal=verdict.dominated(one, rivals))
         kept.append(one)
     return kept
@@ -166,7 +166,7 @@ def _times(
     sample = next(datasets.batches(judge.data.inputs, 1, judge.source.inputs))
     served_ones = [one for one in built if isinstance(answers[one.variant.name], Served)]
     jobs = [_job(judge, one.variant, one.path) for one in served_ones]
-    known = {one.variant.backend for one in served_ones if not one.variant.passes}
+    known = {one.variant.backend for one in served_ones if one.variant.is_float}
     for backend in {one.variant.backend for one in served_ones} - known:
         jobs.append(_job(judge, Variant(_float_on(backend), backend), judge.source.path))
     return latency.measure(jobs, sample, judge.recipe.evaluation.rounds, folder)
@@ -184,7 +184,7 @@ def _speedup(
     one: Built, built: Sequence[Built], times: dict[str, Timed | str], mine: Timed
 ) -> float:
     """Against the float model on the same backend, or, where none loads it, the reference's."""
-    plain = [each.variant for each in built if not each.variant.passes]
+    plain = [each.variant for each in built if each.variant.is_float]
     same = [each.name for each in plain if each.backend == one.variant.backend]
     for name in (*same, _float_on(one.variant.backend), built[0].variant.name):
         other = times.get(name)

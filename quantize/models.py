@@ -1,11 +1,14 @@
 """What a model file says of itself, read by the same lint that a device uses.
 
 Law of this file: a path in, values out; nothing is loaded. What lint refuses here would be refused
-on every device, so it is refused before hours are spent on it.
+on every device, so it is refused before hours are spent on it. OpenVINO IR is two files and an
+artifact is one: it is packed here, as `bundle create` does, and from then on is one file too.
 """
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +16,12 @@ from edge_runtime.bundle import create, lint, source
 from edge_runtime.bundle.onnx_graph import Value
 from edge_runtime.errors import BundleError, NotFoundError, UsageError
 from edge_runtime.tensors import TensorSpec
-from quantize.passes import FLOAT, INTEGER, ONNX, SMALL_WEIGHTS, TFLITE
+from quantize.passes import FLOAT, INTEGER, ONNX, OPENVINO, SMALL_WEIGHTS, TFLITE
 
 # What lint calls a format -> the trait of passes, and the ending of files of it.
-FORMATS = {"onnx": ONNX, "tflite": TFLITE}
+FORMATS = {"onnx": ONNX, "tflite": TFLITE, "openvino-ir": OPENVINO}
+# The backend that runs a float model of a format where a recipe names none.
+BACKENDS = {ONNX: "onnxruntime", TFLITE: "litert", OPENVINO: "openvino"}
 _INTEGER_PRECISIONS = ("int8", "int4")
 
 
@@ -24,6 +29,7 @@ class ModelFile(NamedTuple):
     """A model file.
 
     Attributes:
+        path: of the artifact: of an .xml the packed file, which lasts as long as this process.
         batch_axis: 0 if the first axis of every input and output is free, else None.
         precision: as `bundle create` would name it.
         traits: what it is, for passes.
@@ -47,6 +53,7 @@ def read(path: Path) -> ModelFile:
     """
     if not path.exists():
         raise NotFoundError("there is no such model", where=str(path))
+    path = _as_artifact(path)
     artifact = lint.lint_artifact(source.from_path(path.resolve()), path.name)
     lint.refuse(list(artifact.findings))
     if artifact.format not in FORMATS:
@@ -66,6 +73,24 @@ def read(path: Path) -> ModelFile:
     return ModelFile(
         path, FORMATS[artifact.format], inputs, outputs, 0 if free else None, precision, traits
     )
+
+
+def _as_artifact(path: Path) -> Path:
+    if path.suffix.lower() != ".xml":
+        return path
+    parts = [one for one in (path, path.with_suffix(".bin")) if one.exists()]
+    return _packed(path.resolve(), tuple(one.stat().st_mtime_ns for one in parts))
+
+
+@functools.cache
+def _packed(path: Path, _changed_ns: tuple[int, ...]) -> Path:
+    return create.as_artifact(path, Path(tempfile.mkdtemp(dir=_folder().name)))
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Goes when the process does."""
+    return tempfile.TemporaryDirectory(prefix="edge-quantize-ir-")
 
 
 def _specs(values: tuple[Value, ...], path: Path) -> tuple[TensorSpec, ...]:

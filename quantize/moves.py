@@ -14,7 +14,7 @@ import numpy as np
 
 from quantize import pareto
 from quantize.kernels import Slow
-from quantize.passes import ONNX, TFLITE
+from quantize.passes import ONNX, OPENVINO, TFLITE
 from quantize.recipe import Search, Variant
 from quantize.trials import Trial
 
@@ -65,6 +65,10 @@ def _nncf(why: str, **options: Any) -> _Shot:
     return _Shot(f"NNCF {why}", {"use": "nncf_int8", **options}, "nncf")
 
 
+def _nncf_weights(why: str, **options: Any) -> _Shot:
+    return _Shot(f"NNCF {why}", {"use": "nncf_weights", **options}, "nncf")
+
+
 def _edge(why: str, **step: Any) -> _Shot:
     return _Shot(f"ai-edge-quantizer {why}", step, "ai_edge_quantizer")
 
@@ -94,6 +98,12 @@ SHOTS: dict[tuple[str, str], tuple[_Shot, ...]] = {
         *_BY_NNCF,
     ),
     (ONNX, "openvino"): (*_PAIRS, *_BY_NNCF),
+    (OPENVINO, "openvino"): (
+        *_BY_NNCF,
+        _nncf_weights("weights"),
+        _nncf_weights("4-bit weights", bits=4),
+        _Shot("float16", {"use": "float16"}),
+    ),
     (TFLITE, "litert"): (
         _edge("static", use="tflite_int8", method="average"),
         _edge("static minmax", use="tflite_int8", method="minmax"),

@@ -1,8 +1,8 @@
 """The door to NNCF: int8 as OpenVINO's makers do it.
 
-Law of this file: the only one that imports nncf. It reads and writes ONNX, because an artifact of a
-bundle is one file and OpenVINO's own format is two; measured on our CNN both run equally fast.
-NNCF reports its use to its maker through openvino_telemetry: that module is kept from loading.
+Law of this file: the only one that imports nncf. ONNX is written as ONNX and IR as IR;
+measured on our CNN both run equally fast. NNCF reports its use to its maker through
+openvino_telemetry: that module is kept from loading.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_runtime.errors import UsageError
-from quantize import datasets, foreign, onnx_door
+from quantize import datasets, foreign, onnx_door, openvino_door
 from quantize.passes import Bench, Feeds
 
 if TYPE_CHECKING:
-    from quantize.passes.openvino import NncfInt8
+    from quantize.passes.openvino import NncfInt8, NncfWeights
 
 Array = np.ndarray[Any, Any]
 
 
 def version() -> str:
     return str(_library().__version__)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide what a pass writes. Raises: UsageError: one is missing."""
+    return {"nncf": version(), "onnx": onnx_door.version()} | openvino_door.versions()
 
 
 def quantize(source: Path, out: Path, how: NncfInt8, bench: Bench) -> None:
@@ -37,8 +42,7 @@ def quantize(source: Path, out: Path, how: NncfInt8, bench: Bench) -> None:
         UsageError: the library is not installed, or a node to be ignored does not exist.
         ModelError: it refuses the model.
     """
-    library = _library()
-    model = onnx_door.load(source)
+    model, library = _load(source), _library()
     rows = list(_rows(bench.calibration, bench))
     options: dict[str, Any] = {
         "preset": library.QuantizationPreset(how.preset),
@@ -51,6 +55,37 @@ def quantize(source: Path, out: Path, how: NncfInt8, bench: Bench) -> None:
         options["ignored_scope"] = library.IgnoredScope(names=list(how.exclude))
     with foreign.ours("NNCF failed to quantize", source):
         made = library.quantize(model, library.Dataset(rows), **options)
+    _save(made, out)
+
+
+def compress_weights(source: Path, out: Path, how: NncfWeights) -> None:
+    """Write the model with weights in fewer bits.
+
+    Raises:
+        UsageError: the library is not installed, or a node to be ignored does not exist.
+        ModelError: it refuses the model.
+    """
+    model, library = _load(source), _library()
+    sign = "SYM" if how.symmetric else "ASYM"
+    options: dict[str, Any] = {"mode": library.CompressWeightsMode[f"INT{how.bits}_{sign}"]}
+    if how.bits == 4:
+        options |= {"group_size": how.group, "ratio": how.share}
+    if how.exclude:
+        options["ignored_scope"] = library.IgnoredScope(names=list(how.exclude))
+    with foreign.ours("NNCF failed to compress the weights", source):
+        made = library.compress_weights(model, **options)
+    _save(made, out)
+
+
+def _load(path: Path) -> Any:
+    """The model as NNCF takes it. OpenVINO comes in first: NNCF imports it as it finds it."""
+    return openvino_door.load(path) if path.suffix == openvino_door.IR else onnx_door.load(path)
+
+
+def _save(made: Any, out: Path) -> None:
+    if out.suffix == openvino_door.IR:
+        openvino_door.save(made, out)
+    else:
         onnx_door.save(made, out)
 
 
@@ -64,7 +99,8 @@ def _rows(feeds: Feeds, bench: Bench) -> Iterator[Feeds]:
 def _library() -> Any:
     silent = ModuleType("openvino_telemetry")
     silent.Telemetry = _Silent  # type: ignore[attr-defined]
-    sys.modules.setdefault("openvino_telemetry", silent)
+    if sys.modules.get("openvino_telemetry") is None:  # none: OpenVINO's door was there before
+        sys.modules["openvino_telemetry"] = silent
     try:
         with foreign.quiet():
             import nncf

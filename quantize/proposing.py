@@ -6,13 +6,14 @@ worth trying for a kind of graph is left out with its reason; what wins is decid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
+from quantize import causes
 from quantize.models import ModelFile
-from quantize.passes import ONNX, TFLITE
+from quantize.passes import ONNX, OPENVINO, TFLITE
 from quantize.recipe import Variant
 
 CLEAN: dict[str, Any] = {"use": "clean"}
@@ -23,13 +24,15 @@ class Idea(NamedTuple):
 
     `operators`: only for models that have one of these (empty: any). `needs`: a module that must be
     installed beside what the extra `quantize` brings. `leaves_thin`: nodes that integers make
-    slower stay float; only for models that have some.
+    slower stay float; only for models that have some. `features`: only on processors with one of
+    these (empty: any).
     """
 
     variant: Variant
     operators: frozenset[str] = frozenset()
     needs: str = ""
     leaves_thin: bool = False
+    features: frozenset[str] = frozenset()
 
 
 _EDGE = "ai_edge_quantizer"
@@ -39,7 +42,12 @@ def _static(**more: Any) -> tuple[dict[str, Any], ...]:
     return (CLEAN, {"use": "static_int8", **more})
 
 
-_PRODUCTS = frozenset({"MatMul", "Gemm", "LSTM", "GRU", "Attention"})
+# ONNX's names and OpenVINO's.
+_PRODUCTS = frozenset({"MatMul", "Gemm", "LSTM", "GRU", "Attention", "LSTMSequence", "GRUSequence"})
+_BY_OPENVINO = (
+    Idea(Variant("bf16-openvino", "openvino", {"precision": "bf16"}), features=causes.BFLOAT16),
+    Idea(Variant("int8-nncf", "openvino", passes=({"use": "nncf_int8"},)), needs="nncf"),
+)
 # By backend. Several ways to read ranges are tried, because none is best for every model.
 _ONNX: dict[str, tuple[Idea, ...]] = {
     "onnxruntime": (
@@ -56,7 +64,19 @@ _ONNX: dict[str, tuple[Idea, ...]] = {
     "openvino": (
         Idea(Variant("fp32-openvino", "openvino")),
         Idea(Variant("int8-openvino", "openvino", passes=_static())),
-        Idea(Variant("int8-nncf", "openvino", passes=({"use": "nncf_int8"},)), needs="nncf"),
+        *_BY_OPENVINO,
+    ),
+}
+_IR: dict[str, tuple[Idea, ...]] = {
+    "openvino": (
+        Idea(Variant("fp32-openvino", "openvino")),
+        Idea(Variant("fp16-openvino", "openvino", passes=({"use": "float16"},))),
+        *_BY_OPENVINO,
+        Idea(
+            Variant("weights-nncf", "openvino", passes=({"use": "nncf_weights"},)),
+            _PRODUCTS,
+            "nncf",
+        ),
     ),
 }
 # OpenVINO reads .tflite too, but under the tensors' own names, not the signature's: that is no
@@ -68,7 +88,7 @@ _TFLITE: dict[str, tuple[Idea, ...]] = {
         Idea(Variant("dynamic-litert", "litert", passes=({"use": "tflite_weights"},)), needs=_EDGE),
     ),
 }
-_BY_FORMAT = {ONNX: _ONNX, TFLITE: _TFLITE}
+_BY_FORMAT = {ONNX: _ONNX, TFLITE: _TFLITE, OPENVINO: _IR}
 
 
 class Proposal(NamedTuple):
@@ -84,12 +104,14 @@ def propose(
     backends: Sequence[str],
     is_here: Callable[[str], bool],
     thin: Sequence[str] = (),
+    features: Collection[str] = (),
 ) -> Proposal:
     """The variants to try, the float model first.
 
     Args:
         operators: kinds of nodes in the model. backends: of the target, in its order. is_here:
             whether a module can be imported. thin: nodes that integers make slower, by name.
+        features: instruction sets of the processor here.
     """
     table = _BY_FORMAT.get(source.format, {})
     ideas = [
@@ -98,6 +120,7 @@ def propose(
         for idea in table.get(backend, ())
         if not idea.operators or idea.operators & operators
         if thin or not idea.leaves_thin
+        if not idea.features or idea.features & set(features)
     ]
     fit = [_variant(idea, thin) for idea in ideas if not idea.needs or is_here(idea.needs)]
     missing = {idea.needs for idea in ideas if idea.needs and not is_here(idea.needs)}

@@ -7,6 +7,7 @@ imported. Paths stay as written; `resolved` makes them absolute from where the r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -123,6 +124,11 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: dict[str, Any] = {}
     passes: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def is_float(self) -> bool:
+        """Whether it is the float model as it is."""
+        return not self.passes and not computes_in(self.backend, self.options)
+
 
 class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What else is tried beside `variants`, and how long.
@@ -174,6 +180,12 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     search: Search | None = None
     pack: Pack = Pack()
     notes: tuple[str, ...] = ()  # of who wrote it, for the report
+
+
+def computes_in(backend: str, options: Mapping[str, Any]) -> str:
+    """The precision that a variant's options ask for, in a manifest's words; empty: the file's."""
+    told = options.get("precision", "") if backend == "openvino" else ""
+    return {"bf16": "bf16", "f16": "fp16"}.get(told, "")
 
 
 def load(path: Path) -> Recipe:

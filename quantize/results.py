@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from quantize import recipe
 from quantize.scores import Difference, Interval
 
 
@@ -52,6 +53,11 @@ class Evaluated(msgspec.Struct, frozen=True):
     placement: tuple[dict[str, Any], ...] = ()
     refusal: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is the float model as it is: no pass, and no smaller precision asked for."""
+        return not self.steps and not recipe.computes_in(self.backend, self.options)
 
 
 class Clipping(msgspec.Struct, frozen=True):
@@ -152,5 +158,5 @@ class Outcome(msgspec.Struct, frozen=True):
     @property
     def has_gain(self) -> bool:
         """Whether a variant that was made passed, or none was to be made."""
-        made = [one for one in self.evaluated if one.steps]
+        made = [one for one in self.evaluated if not one.is_float]
         return not made or any(not one.refusal for one in made)

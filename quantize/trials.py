@@ -165,7 +165,7 @@ def scores_of(ready: Prepared, mine: Array, want: Array | None = None) -> Array:
 def reference(ready: Prepared, kept: scratch.Scratch) -> Array:
     """The float model's answers; computed by the first trial."""
     first = ready.chains[0].variant
-    float_on = first if not first.passes else Variant("float", first.backend)
+    float_on = first if first.is_float else Variant("float", first.backend)
 
     def make(draft: Path) -> None:
         with draft.open("wb") as file:

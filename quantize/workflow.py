@@ -67,7 +67,7 @@ def prepare(given: Recipe) -> Prepared:
         EdgeError: what is wrong with recipe, model or data.
     """
     source = models.read(Path(given.source))
-    ready = msgspec.structs.replace(given, variants=with_reference(given.variants))
+    ready = msgspec.structs.replace(given, variants=with_reference(given.variants, source))
     chains = tuple(building.chains(ready.variants, source))
     whole = datasets.load(ready.data, source.inputs)
     own = (
@@ -141,12 +141,15 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
     return Finished(outcome, tuple(built), created)
 
 
-def with_reference(variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
-    """The float model first: one that the recipe names, or one of our own."""
-    plain = [one for one in variants if not one.passes]
+def with_reference(variants: tuple[Variant, ...], source: ModelFile) -> tuple[Variant, ...]:
+    """The float model first: one that the recipe names, or one of our own.
+
+    One that computes in fewer bits (option `precision`) is a variant, not what others are held to.
+    """
+    plain = [one for one in variants if one.is_float]
     if plain:
         return (plain[0], *(one for one in variants if one is not plain[0]))
-    backend = variants[0].backend if variants else "onnxruntime"
+    backend = variants[0].backend if variants else models.BACKENDS[source.format]
     return (Variant(REFERENCE, backend), *variants)
 
 

@@ -89,7 +89,7 @@ class OpenVino:
         chosen = typed.decode(Options, options)
         openvino_devices.check_device(chosen.device)
         core = library().Core()
-        model = _read(artifact)
+        model = read(artifact)
         _fix_shapes(model, chosen.shapes)
         openvino_devices.check_given(core, chosen, options)
         compiled, places = openvino_devices.compiled_for(core, model, chosen, self.cache)
@@ -255,7 +255,7 @@ class OpenVinoModel:
 # --- loading -------------------------------------------------------------------------------------
 
 
-def _read(artifact: Path) -> Any:
+def read(artifact: Path) -> Any:
     """The model, read by the front end that its first bytes call for and by no other.
 
     (`Core.read_model` lets seven parsers try, some of which write to stderr.)

@@ -35,7 +35,7 @@ from edge_runtime.bundle.onnx_graph import OnnxGraph, Value
 from edge_runtime.bundle.openvino_ir import IrGraph
 from edge_runtime.bundle.source import Source
 from edge_runtime.bundle.tflite_graph import TfliteGraph
-from edge_runtime.errors import BundleError, EdgeError, UsageError
+from edge_runtime.errors import BundleError, EdgeError, NotFoundError, UsageError
 from edge_runtime.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def create(
         raise UsageError("no model is given", expected="at least one model file")
     choices = [Choice(one) if isinstance(one, Path) else one for one in models]
     with tempfile.TemporaryDirectory(prefix="edge-bundle-") as folder:
-        packed = [_packed(choice, Path(folder)) for choice in choices]
+        packed = [one._replace(path=as_artifact(one.path, Path(folder))) for one in choices]
         return _create(packed, options, out, load, say, given)
 
 
@@ -206,16 +206,27 @@ def _create(
 # --- what the models say -------------------------------------------------------------------------
 
 
-def _packed(choice: Choice, folder: Path) -> Choice:
-    """OpenVINO IR as the one file that an artifact is, written to `folder`; others as they are."""
-    path = choice.path
+def as_artifact(path: Path, folder: Path) -> Path:
+    """OpenVINO IR as the one file that an artifact is, written to `folder`; others as they are.
+
+    Raises:
+        NotFoundError, BundleError, StorageError: one of the two files is missing or unreadable.
+    """
     if path.suffix.lower() != ".xml":
-        return choice
-    parts = [source.from_path(part.resolve()) for part in (path, path.with_suffix(".bin"))]
-    graph, weights = (part.read_at(0, part.size) for part in parts)
+        return path
+    graph, weights = (_ir_part(path.with_suffix(end)) for end in (path.suffix, ".bin"))
     packed = folder / f"{path.stem}.ir"
     packed.write_bytes(openvino_ir.pack(graph, weights))
-    return choice._replace(path=packed)
+    return packed
+
+
+def _ir_part(path: Path) -> bytes:
+    try:
+        part = source.from_path(path.resolve())
+    except NotFoundError as e:
+        e.expected = "OpenVINO IR: the graph in an .xml file, its weights in a .bin file beside it"
+        raise
+    return part.read_at(0, part.size)
 
 
 def _open_model(choice: Choice, options: Options, say: Say) -> _Model:

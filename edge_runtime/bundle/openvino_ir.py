@@ -35,7 +35,8 @@ KEPT_ITEM_BYTES = 256  # of Python's objects for a port or a layer
 DIMENSIONS_MAX = 64  # no device takes more than 16
 DIGITS_MAX = 32  # of a dimension, blanks included
 _OPSET = re.compile(r"opset\d{1,3}")
-_FLOATS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "fp64": "f64"}
+_FLOATS = {"fp32": ("f32",), "fp16": ("f16",), "bf16": ("bf16",), "fp64": ("f64",)}
+_INTEGERS = {"int8": ("i8", "u8"), "int4": ("i4", "u4")}
 _STATE = frozenset({"ReadValue", "Assign"})
 
 # Precision of a port -> OIP datatype.
@@ -78,10 +79,16 @@ class IrGraph(NamedTuple):
 
 
 def precision(graph: IrGraph) -> str:
-    """What it computes with: "int8" if it quantizes, else the type of most of its weights."""
+    """What it computes with: "int8" if it quantizes, else the type of most of its weights.
+
+    Weights of 8 or 4 bits are an "int8" or "int4" model, though it computes in floats.
+    """
     if any(name == "FakeQuantize" for _, name in graph.operators):
         return "int8"
-    sizes = {name: graph.weights.get(short, 0) for name, short in _FLOATS.items()}
+    sizes = {
+        name: sum(graph.weights.get(short, 0) for short in shorts)
+        for name, shorts in (_FLOATS | _INTEGERS).items()
+    }
     return max(sizes, key=lambda name: sizes[name])
 
 

@@ -27,7 +27,8 @@ else:  # the table of passes can be read where numpy is not installed
     Array = Feeds = Any
 Say = Callable[[str], None]
 
-# What a file is. A pass requires some and ensures some; the runner checks both before any work.
+# What a file is. A pass requires some and ensures some; the runner checks both before any work. A
+# file has one format: of those that a pass requires, any will do.
 ONNX, TFLITE, OPENVINO = "onnx", "tflite", "openvino"
 FLOAT = "float"  # weights and activations are floats: nothing was quantized yet
 SHAPED = "shaped"  # every tensor's rank is known; clean-up ensures it
@@ -47,6 +48,7 @@ PASSES: dict[str, str] = {
     "weight_only": "quantize.passes.weights:WeightOnly",
     "float16": "quantize.passes.weights:Float16",
     "nncf_int8": "quantize.passes.openvino:NncfInt8",
+    "nncf_weights": "quantize.passes.openvino:NncfWeights",
     "tflite_int8": "quantize.passes.tflite:TfliteInt8",
     "tflite_weights": "quantize.passes.tflite:TfliteWeights",
     "tflite_float16": "quantize.passes.tflite:TfliteFloat16",
@@ -125,10 +127,13 @@ def traits_after(traits: frozenset[str], one: Pass, where: str) -> frozenset[str
     Raises:
         UsageError: the pass cannot work on such a file.
     """
-    missing = one.requires - traits
+    formats = one.requires & FORMATS
+    missing = sorted(one.requires - FORMATS - traits)
+    if formats and not formats & traits:
+        missing.insert(0, " or ".join(sorted(formats)))
     if missing:
         raise UsageError(
-            f"{describe(one)['use']} needs a model that is {', '.join(sorted(missing))};"
+            f"{describe(one)['use']} needs a model that is {', '.join(missing)};"
             f" here it is {', '.join(sorted(traits))}",
             where=where,
             remedy="change the order of the passes, or leave one out",

@@ -1,17 +1,18 @@
-"""int8 through NNCF, for OpenVINO (and whatever else reads quantize/dequantize pairs).
+"""Quantization through NNCF, for OpenVINO (and whatever else reads quantize/dequantize pairs).
 
-Law of this file: options with their reasons; the work is in `nncf_door`.
+Law of this file: options with their reasons; the work is in `nncf_door`. A result has the source's
+format: ONNX stays ONNX, OpenVINO IR stays IR.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
-from quantize import nncf_door, onnx_door
-from quantize.passes import FLOAT, INTEGER, ONNX, Bench
+from quantize import nncf_door
+from quantize.passes import FLOAT, INTEGER, ONNX, OPENVINO, SMALL_WEIGHTS, Bench
 
 
 class NncfInt8(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,7 +31,7 @@ class NncfInt8(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_type: Literal["any", "transformer"] = "any"
     exclude: tuple[str, ...] = ()
 
-    requires: ClassVar[frozenset[str]] = frozenset({ONNX, FLOAT})
+    requires: ClassVar[frozenset[str]] = frozenset({ONNX, OPENVINO, FLOAT})
     ensures: ClassVar[frozenset[str]] = frozenset({INTEGER})
     removes: ClassVar[frozenset[str]] = frozenset({FLOAT})
 
@@ -39,4 +40,37 @@ class NncfInt8(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         nncf_door.quantize(source, out, self, bench)
 
     def versions(self) -> dict[str, str]:
-        return {"nncf": nncf_door.version(), "onnx": onnx_door.version()}
+        return nncf_door.versions()
+
+
+class NncfWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Weights of OpenVINO IR in 8 or 4 bits, activations as they were; no calibration.
+
+    Not of ONNX: there NNCF 3.4 writes scales for convolutions that OpenVINO 2026.4 does not read
+    ("needs to be a scalar or a vector"); the pass `weight_only` is for ONNX.
+
+    Attributes:
+        bits: 8: one scale per output channel, everything with weights, embeddings too. 4: products
+            (MatMul, Gemm), in groups; embeddings and the last layer stay at 8.
+        symmetric: no zero point: a little smaller, a little less right.
+        group: weights that share a scale, with 4 bits; -1: a whole channel.
+        share: of the weights that get 4 bits, the rest stays at 8; the least sensitive come first.
+        exclude: nodes by name that keep their weights.
+    """
+
+    bits: Literal[8, 4] = 8
+    symmetric: bool = False
+    group: Annotated[int, msgspec.Meta(ge=-1, le=1024)] = 64
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    exclude: tuple[str, ...] = ()
+
+    requires: ClassVar[frozenset[str]] = frozenset({OPENVINO, FLOAT})
+    ensures: ClassVar[frozenset[str]] = frozenset({SMALL_WEIGHTS})
+    removes: ClassVar[frozenset[str]] = frozenset({FLOAT})
+
+    def apply(self, source: Path, out: Path, bench: Bench) -> None:
+        """See passes.Pass.apply."""
+        nncf_door.compress_weights(source, out, self)
+
+    def versions(self) -> dict[str, str]:
+        return nncf_door.versions()

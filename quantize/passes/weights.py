@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 
 from edge_runtime.errors import UsageError
-from quantize import onnx_door, onnxruntime_door
-from quantize.passes import FLOAT, ONNX, SMALL_WEIGHTS, Bench
+from quantize import onnx_door, onnxruntime_door, openvino_door
+from quantize.passes import FLOAT, ONNX, OPENVINO, SMALL_WEIGHTS, Bench
 
 Array = np.ndarray[Any, Any]
 
@@ -54,20 +54,32 @@ class WeightOnly(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Float16(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Weights and arithmetic in float16; inputs and outputs stay as they were."""
+    """Weights in float16; inputs and outputs stay as they were.
+
+    In ONNX the arithmetic is float16 too, as far as the backend follows; in OpenVINO IR it is what
+    the variant's option `precision` says.
+
+    Attributes:
+        exclude: nodes by name that stay float32; of ONNX models only.
+    """
 
     exclude: tuple[str, ...] = ()
 
-    requires: ClassVar[frozenset[str]] = frozenset({ONNX, FLOAT})
+    requires: ClassVar[frozenset[str]] = frozenset({ONNX, OPENVINO, FLOAT})
     ensures: ClassVar[frozenset[str]] = frozenset({SMALL_WEIGHTS})
     removes: ClassVar[frozenset[str]] = frozenset({FLOAT})
 
     def apply(self, source: Path, out: Path, bench: Bench) -> None:
         """See passes.Pass.apply."""
-        onnxruntime_door.to_float16(source, out, self.exclude)
+        if source.suffix != openvino_door.IR:
+            onnxruntime_door.to_float16(source, out, self.exclude)
+        elif self.exclude:
+            raise UsageError("OpenVINO IR takes no exclude list", where="float16.exclude")
+        else:
+            openvino_door.to_float16(source, out)
 
     def versions(self) -> dict[str, str]:
-        return onnxruntime_door.versions()
+        return onnxruntime_door.versions() | openvino_door.versions()
 
 
 def _store_as_int8(source: Path, out: Path, exclude: tuple[str, ...]) -> None:

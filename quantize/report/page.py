@@ -100,7 +100,7 @@ def _conditions(outcome: Outcome) -> str:
 
 def verdict(outcome: Outcome) -> str:
     """The outcome in a sentence: the fastest made variant that passed, or that none did."""
-    made = [one for one in outcome.shipped if one.steps]
+    made = [one for one in outcome.shipped if not one.is_float]
     refused = sum(1 for one in outcome.evaluated if one.refusal)
     if not made:
         return f"Nothing but the float model passed; {refused} variants are refused."

@@ -1,0 +1,61 @@
+"""The door to OpenVINO: IR read, written and halved.
+
+Law of this file: packed IR in, packed IR out. It imports the library by the backend's own door
+(`edge_runtime.backends.openvino_library`), which keeps it from reporting its use to its maker.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.backends import openvino, openvino_library
+from edge_runtime.bundle import create
+from edge_runtime.errors import BackendError, UsageError
+from quantize import foreign
+
+IR = ".ir"  # the ending of a packed file
+
+
+def versions() -> dict[str, str]:
+    """What a pass that may meet IR depends on: nothing where it is not installed."""
+    try:
+        return {"openvino": metadata.version("openvino")}
+    except metadata.PackageNotFoundError:
+        return {}
+
+
+def library() -> Any:
+    """The module. Raises: UsageError with the remedy."""
+    try:
+        return openvino_library.library()
+    except BackendError as e:
+        raise UsageError(e.message, expected=e.expected, remedy=e.remedy) from e
+
+
+def load(path: Path) -> Any:
+    """The ov.Model of a packed file. Raises: BackendError."""
+    library()
+    return openvino.read(path)
+
+
+def save(model: Any, out: Path, *, half: bool = False) -> None:
+    """Write a model as one packed file; `half`: float weights are stored in 16 bits.
+
+    Raises:
+        ModelError: the library cannot write it.
+    """
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        graph = Path(folder) / f"{out.stem}.xml"
+        with foreign.ours("OpenVINO failed to write IR", out):
+            library().save_model(model, str(graph), compress_to_fp16=half)
+        packed = Path(folder) / "packed"
+        packed.mkdir()
+        create.as_artifact(graph, packed).replace(out)
+
+
+def to_float16(source: Path, out: Path) -> None:
+    """Weights in float16; the arithmetic is what the backend is told. Raises: ModelError."""
+    save(load(source), out, half=True)
