@@ -34,7 +34,11 @@ def text(recipe: Recipe, folder: Path) -> str:
         f"schema: {recipe.schema}",
         _pair("name", recipe.name, "of the model on the device"),
         _pair("version", recipe.version, "of the bundle; a higher one replaces a lower one"),
-        _pair("source", _relative(recipe.source, folder), "the trained model: .onnx or .tflite"),
+        _pair(
+            "source",
+            _relative(recipe.source, folder),
+            "the trained model: .onnx, .tflite or OpenVINO's .xml",
+        ),
         *([_pair("label", recipe.label, "of the version, for people")] if recipe.label else []),
         _pair("seed", recipe.seed, "of everything random: the same seed gives the same files"),
         _pair("threads", recipe.threads, "that every variant is measured with"),
