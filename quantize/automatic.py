@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +18,11 @@ from device_profiles import loading
 from device_profiles.schema import ProfileError
 from edge_runtime.bundle import openvino_ir
 from edge_runtime.bundle import source as contents
-from edge_runtime.errors import NotFoundError, UsageError
-from quantize import causes, kernels, models, onnx_door, proposing
+from edge_runtime.errors import EdgeError, NotFoundError, UsageError
+from quantize import causes, kernels, models, onnx_door, origins, proposing
 from quantize.models import ModelFile
-from quantize.passes import FLOAT, ONNX, OPENVINO
-from quantize.recipe import Budgets, Data, Evaluation, Pack, Recipe, Search
+from quantize.passes import FLOAT, ONNX, OPENVINO, Say
+from quantize.recipe import Budgets, Data, Evaluation, Pack, Recipe, Search, Variant
 
 # The module that a backend needs here, on the builder's machine, to be measured at all.
 MODULES = {
@@ -50,13 +51,19 @@ class Wish(NamedTuple):
     output: str = ""
 
 
-def recipe(wish: Wish) -> Recipe:
+def recipe(wish: Wish, folder: Path | None = None, say: Say = lambda what: None) -> Recipe:
     """What will be tried.
+
+    Args:
+        folder: where a torch source is exported to, to be looked at; None: nowhere that is kept.
 
     Raises:
         NotFoundError, BundleError: the model. UsageError: the target or the labels.
     """
-    source = models.read(wish.model)
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return recipe(wish, Path(temporary), say)
+    source, notes = _source(wish, folder, say)
     if FLOAT not in source.traits:
         raise UsageError(
             f"is quantized already ({source.precision})",
@@ -76,9 +83,9 @@ def recipe(wish: Wish) -> Recipe:
             remedy="pip install 'edge-runtime[quantize]'",
         )
     return Recipe(
-        name=wish.name or as_name(wish.model.stem),
+        name=wish.name or as_name(wish.model.stem.partition(":")[2] or wish.model.stem),
         version=wish.version,
-        source=str(wish.model.resolve()),
+        source=_absolute(str(wish.model)),
         data=_data(wish, source),
         threads=wish.threads,
         targets=(wish.target,),
@@ -87,10 +94,31 @@ def recipe(wish: Wish) -> Recipe:
         variants=proposal.variants,
         search=Search(time_s_max=wish.search_s) if wish.search_s else None,
         pack=Pack(labels=_labels(wish.labels)),
-        notes=tuple(
-            f"not tried: what {module} could do; it is not installed" for module in proposal.missing
-        ),
+        notes=(*notes, *map(_not_tried, proposal.missing)),
     )
+
+
+def _not_tried(module: str) -> str:
+    return f"not tried: what {module} could do; it is not installed"
+
+
+def _source(wish: Wish, folder: Path, say: Say) -> tuple[ModelFile, list[str]]:
+    """The model as files, and what was left out. Of torch also the .tflite, where one is wanted."""
+    source = str(wish.model)
+    if not origins.is_torch(source):
+        return models.read(wish.model), []
+    data = Data(_absolute(wish.data))
+    given, notes = Recipe("source", _absolute(source), data), []
+    if "litert" in target_backends(wish.target) and is_here("litert"):
+        both = msgspec.structs.replace(given, variants=(Variant("fp32", "litert"),))
+        try:
+            return origins.read(origins.exported(both, folder, say)), []
+        except EdgeError as error:
+            if not origins.tflite_is_possible():
+                notes.append(_not_tried("litert_torch"))
+            else:
+                notes.append(f"not tried: .tflite for litert: {error.message}")
+    return origins.read(origins.exported(given, folder, say)), notes
 
 
 def target_backends(target: str) -> list[str]:

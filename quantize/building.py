@@ -48,7 +48,7 @@ def chains(variants: Sequence[Variant], source: ModelFile) -> list[Chain]:
 
 
 def _chain(variant: Variant, source: ModelFile, where: str) -> Chain:
-    traits, decoded = source.traits, []
+    traits, decoded = source.on(variant.backend).traits, []
     for index, given in enumerate(variant.passes):
         here = f"{where}.passes[{index}]"
         decoded.append(passes.decode(given, here))
@@ -65,9 +65,17 @@ def build(
     say: Say,
 ) -> Built:
     """The variant's file; made now, or earlier by the same passes from the same data."""
+    source = source.on(chain.variant.backend)
     steps = tuple(passes.describe(one) for one in chain.passes)
     bench = Bench(
-        calibration.feeds, source.inputs, source.outputs, source.batch_axis, seed, say, kept.folder
+        calibration.feeds,
+        source.inputs,
+        source.outputs,
+        source.batch_axis,
+        seed,
+        say,
+        kept.folder,
+        source.module,
     )
     path = source.path
     try:

@@ -9,7 +9,7 @@ sample both calibrates and judges, nor do two of one group.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -119,6 +119,26 @@ def load(data: Data, specs: tuple[TensorSpec, ...], path: str = "") -> Dataset:
     """
     where = path or data.path
     return _fitted(sources.read(where, data, specs), specs, where)
+
+
+def first(data: Data, names: Sequence[str], count: int) -> dict[str, Array]:
+    """The first samples as they lie there, for a model whose inputs nobody knows yet.
+
+    Args:
+        names: of the inputs. Wide floats become FP32; of images the recipe says the size.
+
+    Raises:
+        NotFoundError, UsageError: there are none.
+    """
+    unknown = tuple(TensorSpec(name, "FP32", (-1, -1, -1, -1)) for name in names)
+    found = sources.read(data.path, data, unknown).inputs
+    samples = {
+        name: np.asarray(one[np.arange(min(count, len(one)))]) for name, one in found.items()
+    }
+    return {
+        name: one.astype(np.float32) if one.dtype == np.float64 else one
+        for name, one in samples.items()
+    }
 
 
 def split(

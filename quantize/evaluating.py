@@ -168,7 +168,8 @@ def _times(
     jobs = [_job(judge, one.variant, one.path) for one in served_ones]
     known = {one.variant.backend for one in served_ones if one.variant.is_float}
     for backend in {one.variant.backend for one in served_ones} - known:
-        jobs.append(_job(judge, Variant(_float_on(backend), backend), judge.source.path))
+        plain = Variant(_float_on(backend), backend)
+        jobs.append(_job(judge, plain, judge.source.on(backend).path))
     return latency.measure(jobs, sample, judge.recipe.evaluation.rounds, folder)
 
 

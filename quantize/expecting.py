@@ -53,7 +53,8 @@ def expect(ready: Prepared) -> Expected:
 def _run_ms(ready: Prepared) -> float:
     """The median of RUNS runs at batch 1 after one that warms up."""
     variant = ready.chains[0].variant
-    model = backend(variant.backend).load(ready.source.path, ready.judge.options(variant))
+    path = ready.source.on(variant.backend).path
+    model = backend(variant.backend).load(path, ready.judge.options(variant))
     sample = next(datasets.batches(ready.split.evaluation.inputs, 1, ready.source.inputs))
     model.run(sample)
     times_ms = []

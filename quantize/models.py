@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from edge_runtime.bundle import create, lint, source
@@ -22,6 +24,10 @@ from quantize.passes import FLOAT, INTEGER, ONNX, OPENVINO, SMALL_WEIGHTS, TFLIT
 FORMATS = {"onnx": ONNX, "tflite": TFLITE, "openvino-ir": OPENVINO}
 # The backend that runs a float model of a format where a recipe names none.
 BACKENDS = {ONNX: "onnxruntime", TFLITE: "litert", OPENVINO: "openvino"}
+# Files of torch and its kin that hold weights, most of them pickled.
+WEIGHTS = (".pt", ".pth", ".ckpt", ".pkl", ".safetensors")
+# Backends that read one format only.
+ONLY = {"litert": "tflite"}
 _INTEGER_PRECISIONS = ("int8", "int4")
 
 
@@ -33,6 +39,8 @@ class ModelFile(NamedTuple):
         batch_axis: 0 if the first axis of every input and output is free, else None.
         precision: as `bundle create` would name it.
         traits: what it is, for passes.
+        also: the same model in other formats, by format. module: `module:function` that it was
+            exported from; empty: from nowhere.
     """
 
     path: Path
@@ -42,6 +50,12 @@ class ModelFile(NamedTuple):
     batch_axis: int | None
     precision: str
     traits: frozenset[str]
+    also: Mapping[str, ModelFile] = MappingProxyType({})
+    module: str = ""
+
+    def on(self, backend: str) -> ModelFile:
+        """The file that this backend is given: its own format's, or the one there is."""
+        return self.also.get(ONLY.get(backend, ""), self)
 
 
 def read(path: Path) -> ModelFile:
@@ -51,6 +65,7 @@ def read(path: Path) -> ModelFile:
         NotFoundError, BundleError: it is missing, refused by lint, or of no known format.
         UsageError: a format that no pass takes.
     """
+    _refuse_torch(path)
     if not path.exists():
         raise NotFoundError("there is no such model", where=str(path))
     path = _as_artifact(path)
@@ -91,6 +106,18 @@ def _packed(path: Path, _changed_ns: tuple[int, ...]) -> Path:
 def _folder() -> tempfile.TemporaryDirectory[str]:
     """Goes when the process does."""
     return tempfile.TemporaryDirectory(prefix="edge-quantize-ir-")
+
+
+def _refuse_torch(path: Path) -> None:
+    """Raises: UsageError where it is torch's, which has to be exported first."""
+    if path.suffix in WEIGHTS:
+        raise UsageError(
+            "is no model that can be opened safely: a pickle runs code when it is read, and weights"
+            " without their class are no model",
+            where=str(path),
+            expected="source: module:function, a function of yours that builds the network, loads"
+            " these weights and returns it in eval mode; or what torch.export.save writes (.pt2)",
+        )
 
 
 def _specs(values: tuple[Value, ...], path: Path) -> tuple[TensorSpec, ...]:

@@ -30,7 +30,8 @@ class Facts(NamedTuple):
     Attributes:
         operators: kinds of its nodes. slow: nodes to leave float for speed. layers: nodes that can
             be quantized, the most sensitive first. four: of a .tflite model those whose weights may
-            have 4 bits, in its order; connected: the fully connected ones among them.
+            have 4 bits, in its order; connected: the fully connected ones among them. also: other
+            formats that there are of the model.
     """
 
     format: str
@@ -39,6 +40,7 @@ class Facts(NamedTuple):
     layers: tuple[str, ...] = ()
     four: tuple[str, ...] = ()
     connected: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
 
 class Idea(NamedTuple):
@@ -133,11 +135,13 @@ def single_shots(
     facts: Facts, backends: Sequence[str], is_here: Callable[[str], bool]
 ) -> list[Idea]:
     """Every setting whose library is installed."""
-    clean = (CLEAN,) if facts.format == ONNX else ()
     return [
-        Idea(Variant("", backend, passes=(*clean, shot.step)), shot.why)
+        Idea(
+            Variant("", backend, passes=(*((CLEAN,) if kind == ONNX else ()), shot.step)), shot.why
+        )
         for backend in backends
-        for shot in SHOTS.get((facts.format, backend), ())
+        for kind in (facts.format, *facts.also)
+        for shot in SHOTS.get((kind, backend), ())
         if (not shot.operators or shot.operators & facts.operators)
         and (not shot.needs or is_here(shot.needs))
     ]

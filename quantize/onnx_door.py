@@ -156,6 +156,17 @@ def _constant(node: Any) -> Any:
     return onnx.numpy_helper.from_array(np.array(value, kind)) if kind else None
 
 
+def strip(model: Any) -> None:
+    """Take off what an exporter noted for its maker: lines of code, paths of its machine."""
+    graph = model.graph
+    for one in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
+        del one.metadata_props[:]
+        one.doc_string = ""
+    for item in graph.initializer:
+        del item.metadata_props[:]
+        item.doc_string = ""
+
+
 def version() -> str:
     return str(library().__version__)
 

@@ -171,6 +171,6 @@ def provenance(outcome: Outcome) -> dict[str, Any]:
     return {
         "tool": f"edge-quantize {edge_runtime.__version__}",
         "source_sha256": outcome.source_sha256,
-        "recipe": outcome.recipe,
+        "recipe": outcome.recipe,  # of a torch source it also says what was exported, and by what
         "libraries": outcome.machine.get("libraries", {}),
     }

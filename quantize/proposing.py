@@ -113,11 +113,10 @@ def propose(
             whether a module can be imported. thin: nodes that integers make slower, by name.
         features: instruction sets of the processor here.
     """
-    table = _BY_FORMAT.get(source.format, {})
     ideas = [
         idea
         for backend in backends
-        for idea in table.get(backend, ())
+        for idea in _BY_FORMAT.get(source.on(backend).format, {}).get(backend, ())
         if not idea.operators or idea.operators & operators
         if thin or not idea.leaves_thin
         if not idea.features or idea.features & set(features)

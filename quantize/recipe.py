@@ -23,6 +23,8 @@ SAMPLES_MAX = 10_000_000
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=SAMPLES_MAX)]
 Positive = Annotated[float, msgspec.Meta(ge=0)]
+# Exporters write names into the code of a function.
+PythonName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)]
 
 METRICS = (
     "auto",
@@ -154,6 +156,43 @@ class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     train: str = ""
 
 
+class Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a torch source becomes a file; for other sources it says nothing.
+
+    Attributes:
+        inputs, outputs: names, in the order of forward's arguments and of what it returns; empty:
+            the arguments' own names, and `output` (several: the keys of a dict, or output_0, ...).
+        batch: free: any number of samples at a time; one: one at a time; auto: free where the
+            module allows it.
+        tolerance: largest difference from torch's own answers, as a share of their largest value.
+        samples: that are compared.
+    """
+
+    inputs: tuple[PythonName, ...] = ()
+    outputs: tuple[PythonName, ...] = ()
+    batch: Literal["auto", "free", "one"] = "auto"
+    tolerance: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 1e-3
+    samples: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 32
+
+
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a source was exported from. The run fills it in; nobody writes it.
+
+    Attributes:
+        source: `module:function` or the .pt2 file. code_sha256: of the files that define the
+            module. weights_sha256: of its parameters and buffers.
+        versions: of the libraries that exported. differences: by format, the largest from torch's
+            own answers, as a share of their largest value. notes: what the export did by itself.
+    """
+
+    source: str
+    code_sha256: str
+    weights_sha256: str
+    versions: dict[str, str]
+    differences: dict[str, float] = {}
+    notes: tuple[str, ...] = ()
+
+
 class Pack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What goes into the bundle beside the variants."""
 
@@ -162,11 +201,20 @@ class Pack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything that one run of `edge-quantize` needs to know."""
+    """Everything that one run of `edge-quantize` needs to know.
+
+    Attributes:
+        source: a model file; or torch: `module:function`, or an exported program (.pt2).
+        also: the same model in another format (`tflite: path`), for backends that read no other.
+            A torch source brings it by itself.
+    """
 
     name: str
     source: str
     data: Data
+    also: dict[Literal["tflite"], str] = {}
+    export: Export = Export()
+    origin: Origin | None = None
     schema: int = SCHEMA
     version: Annotated[int, msgspec.Meta(ge=1, le=manifests.VERSION_MAX)] = 1
     label: str = ""
@@ -232,7 +280,8 @@ def resolved(recipe: Recipe, folder: Path) -> Recipe:
     data = msgspec.structs.replace(
         recipe.data, path=absolute(recipe.data.path), calibration=absolute(recipe.data.calibration)
     )
-    return msgspec.structs.replace(recipe, source=absolute(recipe.source), data=data)
+    also = {kind: absolute(path) for kind, path in recipe.also.items()}
+    return msgspec.structs.replace(recipe, source=absolute(recipe.source), also=also, data=data)
 
 
 def is_callable(text: str) -> bool:

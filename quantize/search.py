@@ -298,9 +298,10 @@ def _facts(run: _Run) -> Facts:
             connected=tflite_ops.of_kinds(graph, {"FULLY_CONNECTED"}),
         )
     if source.format != ONNX:
-        return Facts(source.format, frozenset())
+        return Facts(source.format, frozenset(), also=tuple(source.also))
     clean = _clean(run.ready, run.kept)
-    return Facts(ONNX, frozenset(automatic.operators(source)), kernels.slow(clean))
+    operators = frozenset(automatic.operators(source))
+    return Facts(ONNX, operators, kernels.slow(clean), also=tuple(source.also))
 
 
 def _clean(ready: Prepared, kept: scratch.Scratch) -> Path:
@@ -388,7 +389,7 @@ def _timed(ready: Prepared, ended: Sequence[Trial], rounds: int) -> list[Trial]:
     sample = next(datasets.batches(ready.judge.data.inputs, 1, ready.source.inputs))
     for backend in backends:
         plain = Variant(f".float.{backend}", backend)
-        jobs = [_job(ready, plain, ready.source.path)]
+        jobs = [_job(ready, plain, ready.source.on(backend).path)]
         jobs += [
             _job(ready, one.variant, Path(one.found.path))
             for one in ended

@@ -26,9 +26,14 @@ def library() -> Any:
     try:
         return importlib.import_module("torch")
     except (ImportError, OSError) as e:
-        raise UsageError(
-            f"torch does not import: {e}", remedy="pip install 'edge-runtime[quantize-torch]'"
-        ) from e
+        raise missing(str(e)) from e
+
+
+def missing(why: str) -> UsageError:
+    """The error where torch is not installed."""
+    return UsageError(
+        f"torch does not import: {why}", remedy="pip install 'edge-runtime[quantize-torch]'"
+    )
 
 
 def version() -> str:

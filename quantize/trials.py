@@ -118,7 +118,7 @@ def context(ready: Prepared) -> str:
     recipe, data = ready.recipe, ready.split.evaluation
     labels, groups = data.labels, data.groups
     return scratch.key(
-        scratch.file_sha256(ready.source.path),
+        [scratch.file_sha256(one.path) for one in (ready.source, *ready.source.also.values())],
         datasets.fingerprint(ready.split.calibration)["sha256"],
         datasets.fingerprint(ready.split.evaluation)["sha256"],
         None if labels is None else scratch.key(labels.tolist()),
@@ -166,10 +166,11 @@ def reference(ready: Prepared, kept: scratch.Scratch) -> Array:
     """The float model's answers; computed by the first trial."""
     first = ready.chains[0].variant
     float_on = first if first.is_float else Variant("float", first.backend)
+    path = ready.source.on(first.backend).path
 
     def make(draft: Path) -> None:
         with draft.open("wb") as file:
-            np.save(file, answers(ready.judge, float_on, ready.source.path), allow_pickle=False)
+            np.save(file, answers(ready.judge, float_on, path), allow_pickle=False)
 
     name = scratch.key("reference", context(ready), float_on.backend, float_on.options)
     return np.asarray(np.load(kept.made(name, ".npy", make), allow_pickle=False))
@@ -178,7 +179,7 @@ def reference(ready: Prepared, kept: scratch.Scratch) -> Array:
 def answers(judge: Judge, variant: Variant, path: Path) -> Array:
     """The judged output for every sample, in this process. Raises: EdgeError."""
     model = backend(variant.backend).load(path, judge.options(variant))
-    rows = ROWS if judge.source.batch_axis == 0 else 1
+    rows = ROWS if judge.source.on(variant.backend).batch_axis == 0 else 1
     parts = [
         np.array(model.run(feed)[judge.output])
         for feed in datasets.batches(judge.data.inputs, rows, judge.source.inputs)

@@ -21,9 +21,9 @@ from quantize import (
     evaluating,
     foreign,
     judging,
-    models,
     observing,
     onnxruntime_door,
+    origins,
     packing,
     scratch,
     verdict,
@@ -66,7 +66,7 @@ def prepare(given: Recipe) -> Prepared:
     Raises:
         EdgeError: what is wrong with recipe, model or data.
     """
-    source = models.read(Path(given.source))
+    source = origins.read(given)
     ready = msgspec.structs.replace(given, variants=with_reference(given.variants, source))
     chains = tuple(building.chains(ready.variants, source))
     whole = datasets.load(ready.data, source.inputs)
@@ -129,7 +129,7 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
         recipe=msgspec.to_builtins(ready.recipe),
         source_sha256=scratch.file_sha256(ready.source.path),
         seconds=time.monotonic() - began_s,
-        notes=(*ready.recipe.notes, *ready.split.notes),
+        notes=(*_told(ready.recipe), *ready.recipe.notes, *ready.split.notes),
         evaluation=datasets.fingerprint(ready.split.evaluation),
         findings=(*ready.split.findings, *observed.findings),
         activations=observed.activations,
@@ -155,6 +155,10 @@ def with_reference(variants: tuple[Variant, ...], source: ModelFile) -> tuple[Va
 
 def _groups(data: Dataset) -> int:
     return 0 if data.groups is None else data.units
+
+
+def _told(given: Recipe) -> tuple[str, ...]:
+    return origins.told(given.origin) if given.origin else ()
 
 
 def _function(given: Recipe) -> Callable[..., Array] | None:

@@ -19,6 +19,7 @@ from quantize.recipe import (
     Calibration,
     Data,
     Evaluation,
+    Export,
     Recipe,
     Variant,
     is_callable,
@@ -37,8 +38,9 @@ def text(recipe: Recipe, folder: Path) -> str:
         _pair(
             "source",
             _relative(recipe.source, folder),
-            "the trained model: .onnx, .tflite or OpenVINO's .xml",
+            "the model: .onnx, .tflite, OpenVINO's .xml, torch's .pt2 or module:function",
         ),
+        *_torch(recipe, folder),
         *([_pair("label", recipe.label, "of the version, for people")] if recipe.label else []),
         _pair("seed", recipe.seed, "of everything random: the same seed gives the same files"),
         _pair("threads", recipe.threads, "that every variant is measured with"),
@@ -75,6 +77,17 @@ def text(recipe: Recipe, folder: Path) -> str:
     ]
     lines += [f"# {note}" for note in recipe.notes]
     return "\n".join(lines) + "\n"
+
+
+def _torch(recipe: Recipe, folder: Path) -> list[str]:
+    """How a torch source is exported, and other formats of the model, where a recipe says so."""
+    lines = [
+        f"also: {{{kind}: {_scalar(_relative(path, folder))}}}"
+        for kind, path in recipe.also.items()
+    ]
+    if recipe.export != Export():
+        lines += ["export:", *_rest(recipe.export, Export(), set())]
+    return lines
 
 
 def _rest(given: Any, plain: Any, shown: set[str]) -> list[str]:

@@ -17,6 +17,7 @@ from edge_runtime.cli import output
 from edge_runtime.errors import ModelError
 
 if TYPE_CHECKING:
+    from quantize.passes import Say
     from quantize.recipe import Recipe
     from quantize.workflow import Finished, Prepared
 
@@ -81,31 +82,51 @@ def add_wish(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def wished(arguments: argparse.Namespace) -> Recipe:
-    """The recipe of what `add_wish` read."""
+def wished(
+    arguments: argparse.Namespace, folder: Path | None = None, say: Say = lambda what: None
+) -> Recipe:
+    """The recipe of what `add_wish` read; a torch source is exported into the folder."""
     from quantize import automatic
 
     told = {key: getattr(arguments, key) for key in automatic.Wish._fields}
-    return automatic.recipe(automatic.Wish(**told))
+    return automatic.recipe(automatic.Wish(**told), folder, say)
 
 
 def _auto(arguments: argparse.Namespace) -> int:
-    return _do(arguments, wished(arguments))
+    return _do(arguments, lambda folder, say: wished(arguments, folder, say))
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from quantize import recipe
 
-    return _do(arguments, recipe.load(arguments.recipe))
+    return _do(arguments, lambda folder, say: recipe.load(arguments.recipe))
 
 
-def _do(arguments: argparse.Namespace, recipe: Recipe) -> int:
-    from quantize import workflow
+def _do(arguments: argparse.Namespace, given: Callable[[Path, Say], Recipe]) -> int:
+    import tempfile
 
-    ready = workflow.prepare(recipe)
-    if arguments.dry_run:
-        return _plan(ready, as_json=arguments.json)
-    done = _work(arguments, recipe, ready)
+    from edge_runtime.cli.progress import Progress
+    from quantize import origins, workflow
+
+    progress = Progress(sys.stderr, quiet=arguments.json)
+
+    def say(what: str) -> None:
+        progress.update(what, 0, 0)
+
+    with tempfile.TemporaryDirectory(prefix="edge-quantize-") as temporary:
+        folder = arguments.work or Path(temporary)
+        try:
+            recipe = origins.exported(given(folder, say), folder, say)
+            ready = workflow.prepare(recipe)
+            done = None if arguments.dry_run else _work(arguments, recipe, ready, folder, say)
+        finally:
+            progress.close()
+        if done is None:
+            return _plan(ready, as_json=arguments.json)
+    return _shown(arguments, recipe, done)
+
+
+def _shown(arguments: argparse.Namespace, recipe: Recipe, done: Finished) -> int:
     _show(arguments, done)
     if not done.outcome.has_gain:
         raise ModelError(
@@ -117,27 +138,13 @@ def _do(arguments: argparse.Namespace, recipe: Recipe) -> int:
     return 0
 
 
-def _work(arguments: argparse.Namespace, recipe: Recipe, ready: Prepared) -> Finished:
-    import tempfile
-
-    from edge_runtime.cli.progress import Progress
-    from quantize import workflow
-
-    with (
-        tempfile.TemporaryDirectory(prefix="edge-quantize-") as temporary,
-        Progress(sys.stderr, quiet=arguments.json) as progress,
-    ):
-        folder = arguments.work or Path(temporary)
-        if recipe.search is None:
-            return workflow.run(ready, folder, arguments.out, progress.update)
-        return _searched(arguments, recipe, folder, progress.update)
-
-
-def _searched(
-    arguments: argparse.Namespace, recipe: Recipe, folder: Path, say: Callable[[str], None]
+def _work(
+    arguments: argparse.Namespace, recipe: Recipe, ready: Prepared, folder: Path, say: Say
 ) -> Finished:
     from quantize import executors, search, workflow
 
+    if recipe.search is None:
+        return workflow.run(ready, folder, arguments.out, say)
     with executors.executor(arguments.executor, arguments.workers) as executor:
         found = search.search(recipe, folder, executor, say)
     done = workflow.run(workflow.prepare(found.recipe), folder, arguments.out, say)

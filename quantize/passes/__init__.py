@@ -30,6 +30,7 @@ Say = Callable[[str], None]
 # What a file is. A pass requires some and ensures some; the runner checks both before any work. A
 # file has one format: of those that a pass requires, any will do.
 ONNX, TFLITE, OPENVINO = "onnx", "tflite", "openvino"
+TORCH = "torch"  # just exported from a module that can be made again; ends with the first pass
 FLOAT = "float"  # weights and activations are floats: nothing was quantized yet
 SHAPED = "shaped"  # every tensor's rank is known; clean-up ensures it
 PRUNED = "pruned"
@@ -65,6 +66,7 @@ class Bench(NamedTuple):
         seed: of anything random.
         say: progress, one line.
         cache: a folder where a pass may keep what another run of it can use; None: nowhere.
+        module: `module:function` that the source was exported from; empty: from nowhere.
     """
 
     calibration: Feeds
@@ -74,6 +76,7 @@ class Bench(NamedTuple):
     seed: int
     say: Say
     cache: Path | None = None
+    module: str = ""
 
 
 class Pass(Protocol):
@@ -138,4 +141,4 @@ def traits_after(traits: frozenset[str], one: Pass, where: str) -> frozenset[str
             where=where,
             remedy="change the order of the passes, or leave one out",
         )
-    return (traits - one.removes) | one.ensures
+    return (traits - one.removes - {TORCH}) | one.ensures

@@ -1,0 +1,314 @@
+"""A recipe's source as files: what lies there, or what torch exports once.
+
+Law of this file: after `exported` a recipe names files only, so whatever works on (another process,
+another machine) needs neither torch nor the user's code. An export runs in a process of its own:
+torch and JAX take memory and start threads, and this process starts others. It is compared with
+torch's own answers on the recipe's samples before it is used, and kept by what made it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from edge_runtime import errors
+from edge_runtime.backends import backend
+from edge_runtime.errors import EdgeError, ModelError, UsageError
+from quantize import (
+    datasets,
+    executors,
+    litert_torch_door,
+    models,
+    recipe,
+    scratch,
+    torch_door,
+    torch_modules,
+)
+from quantize.models import ModelFile
+from quantize.passes import ONNX, TFLITE, TORCH, Say
+from quantize.recipe import Origin, Recipe
+from quantize.torch_modules import Module, Names
+
+Array = np.ndarray[Any, Any]
+
+# What a backend asks a format's answers of, to be compared with torch's.
+_ASKED = {ONNX: "onnxruntime", TFLITE: "litert"}
+ROWS = 8  # samples of a run where any number is taken: other than what it was traced with
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """What is known of an exported file. See recipe.Origin."""
+
+    difference: float
+    notes: tuple[str, ...] = ()
+
+
+class Job(NamedTuple):
+    """One export: the module, samples to trace it with [rows, ...], names, and how."""
+
+    made: Module
+    given: Sequence[Array]
+    called: Names
+    how: recipe.Export
+    data: recipe.Data
+
+
+def is_torch(source: str) -> bool:
+    """Whether torch has to make a file of it first."""
+    return recipe.is_callable(source) or source.endswith(torch_modules.PROGRAM)
+
+
+def read(given: Recipe) -> ModelFile:
+    """The source with what it is in other formats.
+
+    Raises:
+        EdgeError: a file is missing or refused, or does not have the source's inputs and outputs.
+    """
+    assert not is_torch(given.source), "exported first"
+    source = models.read(Path(given.source))
+    also = {str(kind): models.read(Path(path)) for kind, path in given.also.items()}
+    for kind, one in also.items():
+        if one.format != kind:
+            raise UsageError(f"is {one.format}", where=f"also.{kind}", expected=kind)
+        _same_signature(source, one)
+    if given.origin is None or not recipe.is_callable(given.origin.source):
+        return source._replace(also=also)
+    origin = given.origin.source
+    mine, *others = (
+        one._replace(traits=one.traits | {TORCH}, module=origin) for one in (source, *also.values())
+    )
+    return mine._replace(also=dict(zip(also, others, strict=True)))
+
+
+def _same_signature(source: ModelFile, other: ModelFile) -> None:
+    for role in ("inputs", "outputs"):
+        want = {spec.name: spec.datatype for spec in getattr(source, role)}
+        have = {spec.name: spec.datatype for spec in getattr(other, role)}
+        if want != have:
+            raise UsageError(
+                f"has {role} {have}",
+                where=str(other.path),
+                expected=f"those of {source.path.name}: {want}",
+            )
+
+
+def exported(given: Recipe, folder: Path, say: Say) -> Recipe:
+    """The recipe with files for source: itself, where it names one.
+
+    Args:
+        folder: where the files are kept; the same module is not exported twice into it.
+
+    Raises:
+        EdgeError: what is wrong with the module, the data or the names; it cannot be exported, or
+            the file answers otherwise than torch does.
+    """
+    if not is_torch(given.source):
+        return given
+    _check_installed(given)
+    say(f"exporting {given.source}" + (", also as .tflite" if wants_tflite(given) else ""))
+    order = {"recipe": msgspec.to_builtins(given), "folder": str(folder.resolve())}
+    job = executors.Job("export", "quantize.origins:export_job", order)
+    with executors.LocalExecutor() as executor:
+        (done,) = executors.run(executor, [job])
+    if done.said.refusal:
+        raise ModelError(f"its export ended: {done.said.refusal}", where=given.source)
+    if "error" in done.said.result:
+        raise errors.from_document(done.said.result["error"])
+    return msgspec.convert(done.said.result["recipe"], Recipe)
+
+
+def export_job(order: dict[str, Any]) -> dict[str, Any]:
+    """`export` for an executor: {"recipe": ...} or {"error": ...}, so that where and what to do are
+    kept apart."""
+    try:
+        made = export(msgspec.convert(order["recipe"], Recipe), Path(order["folder"]))
+    except EdgeError as error:
+        return {"error": error.document()}
+    return {"recipe": msgspec.to_builtins(made)}
+
+
+def export(given: Recipe, folder: Path) -> Recipe:
+    """`exported`, in this process."""
+    kept, made = scratch.Scratch(folder), torch_modules.load(given.source)
+    first, (how, notes) = _samples(made, given), _fitting(given)
+    job = Job(made, first, torch_modules.names(made, how, first), how, given.data)
+    path, facts = _once(kept, _key(job, ".onnx"), ".onnx", lambda out: _onnx(job, out))
+    files, found = {ONNX: path}, {ONNX: facts}
+    versions = torch_modules.versions()
+    if wants_tflite(given):
+        files[TFLITE], found[TFLITE] = _once(
+            kept, _key(job, ".tflite"), ".tflite", lambda out: _tflite(job, out)
+        )
+        versions["litert-torch"] = litert_torch_door.version()
+    origin = Origin(
+        source=given.source,
+        code_sha256=made.code_sha256,
+        weights_sha256=made.weights_sha256,
+        versions=versions,
+        differences={kind: one.difference for kind, one in found.items()},
+        notes=(*found[ONNX].notes, *notes),
+    )
+    also = {TFLITE: str(files[TFLITE])} if TFLITE in files else dict(given.also)
+    return msgspec.structs.replace(given, source=str(path), also=also, origin=origin)
+
+
+def _check_installed(given: Recipe) -> None:
+    """Raises: UsageError that names the extra; nothing is imported."""
+    if not importlib.util.find_spec("torch"):
+        raise torch_door.missing("there is no such module")
+    if wants_tflite(given) and not tflite_is_possible():
+        raise litert_torch_door.missing("there is no such module")
+
+
+def _fitting(given: Recipe) -> tuple[recipe.Export, tuple[str, ...]]:
+    """How to export, and what to say of it: variants of one bundle must take the same."""
+    how = given.export
+    if not wants_tflite(given) or how.batch == "one":
+        return how, ()
+    if how.batch == "free":
+        raise UsageError(
+            "is free, and the backend litert takes one sample at a time",
+            where="export.batch",
+            expected="one (variants of a bundle must be interchangeable), or no variant on litert",
+        )
+    note = "it takes one sample at a time, as its .tflite does: variants must be interchangeable"
+    return msgspec.structs.replace(how, batch="one"), (note,)
+
+
+def wants_tflite(given: Recipe) -> bool:
+    """Whether a backend that reads nothing else is asked for, and no such file was given."""
+    named = [one.backend for one in given.variants]
+    named += given.search.backends if given.search else ()
+    return TFLITE not in given.also and any(models.ONLY.get(one) == TFLITE for one in named)
+
+
+def tflite_is_possible() -> bool:
+    """Whether what makes a .tflite of a module is installed."""
+    return all(map(importlib.util.find_spec, ("litert_torch", "ai_edge_litert")))
+
+
+def told(origin: Origin) -> tuple[str, ...]:
+    """What a report says of an export."""
+    libraries = ", ".join(f"{name} {version}" for name, version in origin.versions.items())
+    differences = ", ".join(f"{kind} {one:.1e}" for kind, one in origin.differences.items())
+    return (
+        f"exported from {origin.source} with {libraries}; largest difference from torch's own"
+        f" answers, of their largest value: {differences}",
+        *origin.notes,
+    )
+
+
+def _samples(made: Module, given: Recipe) -> list[Array]:
+    """What the module is traced with: the user's examples, or the first samples."""
+    if made.examples:
+        return list(made.examples)
+    called = given.export.inputs or made.arguments
+    found = datasets.first(given.data, called, torch_modules.ROWS_TRACED)
+    return [found[name] for name in called]
+
+
+def _key(job: Job, ending: str) -> str:
+    made = job.made
+    library = litert_torch_door.version() if ending == ".tflite" else ""
+    return scratch.key(
+        "export",
+        [made.code_sha256, made.weights_sha256, torch_modules.versions(), library],
+        [msgspec.to_builtins(job.how), job.called],
+        [[one.dtype.str, one.shape] for one in job.given],
+    )
+
+
+def _once(
+    kept: scratch.Scratch, key: str, ending: str, make: Callable[[Path], Facts]
+) -> tuple[Path, Facts]:
+    """The file of that key and what is known of it; made now, or earlier."""
+    path, beside = kept.folder / f"{key}{ending}", f"{key}{ending}.facts"
+    if not (kept.folder / beside).exists():
+        path.unlink(missing_ok=True)  # half of a pair says nothing
+        found: list[Facts] = []
+        kept.made(key, ending, lambda draft: found.append(make(draft)))
+        facts = msgspec.json.encode(found[0])
+        kept.made(beside, "", lambda draft: _write(draft, facts))
+    return path, msgspec.json.decode((kept.folder / beside).read_bytes(), type=Facts)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+# --- the two formats ------------------------------------------------------------------------------
+
+
+def _onnx(job: Job, out: Path) -> Facts:
+    why = "" if job.how.batch == "one" else _not_free(job, out)
+    if not why and job.how.batch != "one":
+        return Facts(compared(job, out))
+    if job.how.batch == "free":
+        raise ModelError(why, where="export.batch", expected="auto, or one")
+    torch_modules.to_onnx(job.made, torch_modules.alone(job.given), job.called, out, free=False)
+    notes = (f"it takes one sample at a time: {why}",) if why else ()
+    return Facts(compared(job, out), notes)
+
+
+def _not_free(job: Job, out: Path) -> str:
+    """Export for any number of samples; why that cannot be, empty if it can."""
+    several = torch_modules.several(job.given)
+    if several is None:
+        return "its inputs have different first axes"
+    try:
+        torch_modules.to_onnx(job.made, several, job.called, out, free=True)
+    except ModelError as error:
+        return error.message
+    if models.read(out).batch_axis is None:
+        return "the first axis of an output is not that of the samples"
+    return ""
+
+
+def _tflite(job: Job, out: Path) -> Facts:
+    litert_torch_door.convert(job.made, torch_modules.alone(job.given), job.called, out)
+    return Facts(compared(job, out))
+
+
+def compared(job: Job, path: Path) -> float:
+    """The largest difference from torch's own answers, as a share of their largest value.
+
+    Raises:
+        ModelError: it is beyond the tolerance; or the file does not run.
+    """
+    file = models.read(path)
+    whole = datasets.load(job.data, file.inputs)
+    some = whole.take(np.arange(min(job.how.samples, len(whole))))
+    loaded = backend(_ASKED[file.format]).load(path, {})
+    worst, where = 0.0, ""
+    for feed in datasets.batches(some.inputs, ROWS if file.batch_axis == 0 else 1, file.inputs):
+        want = torch_modules.outputs(job.made, [feed[name] for name in job.called.inputs])
+        have: Mapping[str, Array] = loaded.run(feed)
+        for name, (_, one) in zip(job.called.outputs, want, strict=True):
+            found = difference(one, have[name])
+            if not found <= worst:  # NaN too
+                worst, where = found, name
+    if not worst <= job.how.tolerance:
+        raise ModelError(
+            f"the exported file answers otherwise than torch: output {where!r} differs by"
+            f" {worst:.2g} of its largest value on {len(some)} samples",
+            where=job.made.source,
+            expected=f"at most {job.how.tolerance:g} (export.tolerance)",
+            remedy="a step that depends on the samples or on chance was exported as it was with the"
+            " first ones; or, where the difference is harmless, allow more",
+        )
+    return worst
+
+
+def difference(want: Array, have: Array) -> float:
+    """The largest, as a share of the largest wanted value; infinite where shapes differ."""
+    if want.shape != have.shape:
+        return float("inf")
+    if not want.size:
+        return 0.0
+    a, b = want.astype(np.float64), have.astype(np.float64)
+    return float(np.abs(a - b).max() / (np.abs(a).max() or 1.0))
