@@ -77,12 +77,13 @@ test-accelerators: $(ACCELERATORS)/.stamp
 	@$(ACCELERATORS)/bin/python -m pytest tests/accelerators
 
 # Every library that quantizes, and a Ray cluster of this machine: 1.1 GB, so in an environment of
-# their own. TORCH=1 adds torch (0.8 GB) and the tests of training again after pruning.
+# their own. TORCH=1 adds torch (0.8 GB) and the tests of torch as a source and of training
+# again after pruning; TORCH=litert also what makes .tflite of torch (2.2 GB).
 $(QUANTIZE)/.stamp: setup.cfg pyproject.toml
 	@test -x $(QUANTIZE)/bin/python || $(PYTHON) -m venv $(QUANTIZE)
 	@echo "installing into $(QUANTIZE) ..."
 	@$(QUANTIZE)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --editable '.[dev,quantize-openvino,quantize-litert,quantize-ray$(if $(TORCH),$(comma)quantize-torch)]'
+	  --editable '.[dev,quantize-openvino,quantize-litert,quantize-ray$(if $(TORCH),$(comma)quantize-torch)$(if $(filter litert,$(TORCH)),$(comma)quantize-torch-litert)]'
 	@touch $@
 
 comma := ,

@@ -87,13 +87,14 @@ def read(given: Recipe) -> ModelFile:
 
 def _same_signature(source: ModelFile, other: ModelFile) -> None:
     for role in ("inputs", "outputs"):
-        want = {spec.name: spec.datatype for spec in getattr(source, role)}
-        have = {spec.name: spec.datatype for spec in getattr(other, role)}
+        want = {spec.name: (spec.datatype, spec.shape) for spec in getattr(source, role)}
+        have = {spec.name: (spec.datatype, spec.shape) for spec in getattr(other, role)}
         if want != have:
             raise UsageError(
                 f"has {role} {have}",
                 where=str(other.path),
                 expected=f"those of {source.path.name}: {want}",
+                remedy="variants of a model must be interchangeable: write both for one sample",
             )
 
 

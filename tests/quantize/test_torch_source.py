@@ -1,0 +1,256 @@
+"""A torch module as a source: exported once, compared with torch's own answers, then a file.
+
+Needs torch and onnxscript (the extra quantize-torch), the .tflite also litert-torch
+(quantize-torch-litert); skipped by name without them.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from edge_runtime.backends import backend
+from edge_runtime.bundle import archive
+from edge_runtime.errors import EdgeError, ModelError, UsageError
+from quantize import cli, models, onnx_door, origins
+from quantize.recipe import Data, Export, Recipe, Variant
+
+torch = pytest.importorskip("torch", reason="torch is not installed (extra quantize-torch)")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed (extra quantize-torch)")
+
+from tests.quantize import nets  # noqa: E402
+
+NETS = "tests.quantize.nets"
+litert_torch = pytest.mark.skipif(
+    not origins.tflite_is_possible(),
+    reason="litert-torch is not installed (extra quantize-torch-litert)",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.Generator(np.random.PCG64(3))
+    path = tmp_path_factory.mktemp("data") / "samples.npz"
+    x = rng.random((300, 1, 8, 8), dtype=np.float32)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        y = nets.small()(torch.from_numpy(x)).argmax(1).numpy()
+    np.savez(path, x=x, y=y)
+    return path
+
+
+def recipe(function: str, data: Path, how: Export | None = None, *backends: str) -> Recipe:
+    return Recipe(
+        "net",
+        f"{NETS}:{function}" if "/" not in function else function,
+        Data(str(data)),
+        export=how or Export(),
+        variants=tuple(Variant(f"float-{one}", one) for one in backends),
+    )
+
+
+def test_a_function_becomes_an_onnx_file_with_clean_names_that_answers_like_torch(
+    data: Path, tmp_path: Path
+) -> None:
+    made = origins.export(recipe("small", data), tmp_path)
+    file = origins.read(made)
+    assert [(one.name, one.shape) for one in file.inputs] == [("image", (-1, 1, 8, 8))]
+    assert [(one.name, one.shape) for one in file.outputs] == [("output", (-1, 4))]
+    assert "torch" in file.traits and file.module == f"{NETS}:small"
+    assert made.origin is not None and made.origin.differences["onnx"] < 1e-5
+    x = np.load(data)["x"][:5]
+    torch.manual_seed(0)  # as for every source: the same weights
+    with torch.no_grad():
+        want = nets.small()(torch.from_numpy(x)).numpy()
+    have = backend("onnxruntime").load(file.path, {}).run({"image": x})["output"]
+    np.testing.assert_allclose(have, want, atol=1e-5)
+    graph = onnx_door.load(file.path).graph
+    assert str(Path(nets.__file__).parent).encode() not in file.path.read_bytes()
+    assert {node.op_type for node in graph.node} & {"Dropout"} == set()
+
+
+def test_the_same_module_is_exported_once_and_other_weights_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = origins.export(recipe("small", data), tmp_path)
+    stamp = Path(first.source).stat().st_mtime_ns
+    again = origins.export(recipe("small", data), tmp_path)
+    assert again == first and Path(first.source).stat().st_mtime_ns == stamp
+
+    def other() -> torch.nn.Module:
+        module = nets.Small().eval()
+        module.last.bias.data.fill_(1.0)
+        return module
+
+    monkeypatch.setattr(nets, "small", other)
+    assert origins.export(recipe("small", data), tmp_path).source != first.source
+
+
+def test_names_are_the_recipes_where_it_gives_some(data: Path, tmp_path: Path) -> None:
+    how = Export(inputs=("pixels",), outputs=("logits",), batch="one")
+    file = origins.read(origins.export(recipe("with_example", data, how), tmp_path))
+    assert (file.inputs[0].name, file.outputs[0].name) == ("pixels", "logits")
+    assert file.inputs[0].shape == (1, 1, 8, 8) and file.batch_axis is None
+    with pytest.raises(UsageError, match="names 2 outputs"):
+        origins.export(recipe("small", data, Export(outputs=("a", "b"))), tmp_path)
+    with pytest.raises(UsageError, match="'a' is there twice"):
+        origins.export(recipe("small", data, Export(inputs=("a",), outputs=("a",))), tmp_path)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.npz"
+    rng = np.random.Generator(np.random.PCG64(4))
+    ids = rng.integers(0, 50, (40, 6))
+    np.savez(path, ids=ids, weight=rng.random((40, 6), dtype=np.float32))
+    return path
+
+
+def test_several_inputs_and_a_dictionary_of_outputs_keep_their_names_and_order(
+    pairs: Path, tmp_path: Path
+) -> None:
+    file = origins.read(origins.export(recipe("two", pairs), tmp_path))
+    assert [(one.name, one.datatype) for one in file.inputs] == [
+        ("ids", "INT64"),
+        ("weight", "FP32"),
+    ]
+    assert [one.name for one in file.outputs] == ["total", "each"]
+
+
+def test_a_module_without_a_batch_takes_one_sample_at_a_time_and_says_so(
+    data: Path, tmp_path: Path
+) -> None:
+    made = origins.export(recipe("joined", data), tmp_path)
+    assert origins.read(made).inputs[0].shape == (1, 1, 8, 8)
+    assert made.origin is not None and "one sample at a time" in made.origin.notes[0]
+    with pytest.raises(ModelError, match="first axis of an output"):
+        origins.export(recipe("joined", data, Export(batch="free")), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "said"),
+    [
+        ("absent", UsageError, "cannot be imported"),
+        ("weights", UsageError, "returned a OrderedDict.*load_state_dict"),
+        ("failing", UsageError, r"FileNotFoundError: weights\.safetensors"),
+        ("in_training", UsageError, r"training mode: itself.*Dropout.*return module\.eval"),
+        ("eigen", ModelError, r"aten\.linalg_eig.*custom_translation_table"),
+        ("branch", ModelError, r"torch\.where"),
+        ("chance", ModelError, "answers otherwise than torch: output 'output' differs by"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_with_what_to_do(
+    function: str, kind: type[EdgeError], said: str, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(kind) as caught:
+        origins.export(recipe(function, data), tmp_path)
+    assert re.search(said, str(caught.value)), str(caught.value)
+    assert not list(tmp_path.glob("*.onnx"))
+
+
+# --- exported programs ----------------------------------------------------------------------------
+
+
+def program(path: Path, module: torch.nn.Module) -> Path:
+    axes = {"image": {0: torch.export.Dim("N")}}
+    made = torch.export.export(module, (torch.rand(2, 1, 8, 8),), dynamic_shapes=axes)
+    torch.export.save(made, path)
+    return path
+
+
+def test_an_exported_program_is_a_source_too(data: Path, tmp_path: Path) -> None:
+    path = program(tmp_path / "net.pt2", nets.small())
+    made = origins.export(recipe(str(path), data), tmp_path / "work")
+    file = origins.read(made)
+    assert (file.inputs[0].name, file.inputs[0].shape) == ("image", (-1, 1, 8, 8))
+    assert made.origin is not None and made.origin.differences["onnx"] < 1e-5
+    assert "torch" not in file.traits  # there are no layers to be cut
+
+
+def test_an_exported_program_in_training_mode_is_refused(data: Path, tmp_path: Path) -> None:
+    path = program(tmp_path / "net.pt2", nets.in_training())
+    with pytest.raises(UsageError, match="training mode: aten::"):
+        origins.export(recipe(str(path), data), tmp_path / "work")
+
+
+class Planted:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('code ran')",)
+
+
+def test_a_program_that_would_run_code_when_opened_is_refused(data: Path, tmp_path: Path) -> None:
+    good = program(tmp_path / "good.pt2", nets.small())
+    bad = tmp_path / "bad.pt2"
+    with zipfile.ZipFile(good) as before, zipfile.ZipFile(bad, "w") as after:
+        for name in before.namelist():
+            planted = name.endswith("sample_inputs/model.pt")
+            after.writestr(name, pickle.dumps(Planted()) if planted else before.read(name))
+    with pytest.raises(UsageError, match="opening it may run code"):
+        origins.export(recipe(str(bad), data), tmp_path / "work")
+    (tmp_path / "text.pt2").write_text("no archive")
+    with pytest.raises(UsageError, match="is no exported program"):
+        origins.export(recipe(str(tmp_path / "text.pt2"), data), tmp_path / "work")
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+
+def test_a_run_from_a_function_ends_in_a_bundle_that_names_it(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written, out = tmp_path / "net.yaml", tmp_path / "net.bundle"
+    written.write_text(
+        f"name: net\nsource: {NETS}:small\ndata: {{path: {data}}}\n"
+        "budgets: {drop_max: 0.9, speedup_min: 0, confidence: 0.6}\nevaluation: {rounds: 3}\n"
+        "variants:\n  - {name: fp32}\n  - {name: int8, passes: [{use: static_int8}]}\n"
+    )
+    assert cli.main(["run", str(written), "-o", str(out), "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert any(f"exported from {NETS}:small with torch" in note for note in outcome["notes"])
+    with archive.open_bundle(out) as bundle:
+        origin = bundle.manifest.provenance["recipe"]["origin"]
+        assert bundle.manifest.inputs[0].name == "image"
+    assert origin["source"] == f"{NETS}:small" and len(origin["code_sha256"]) == 64
+    assert origin["versions"]["torch"] == torch.__version__
+
+
+@litert_torch
+def test_a_tflite_of_the_same_module_has_the_same_inputs_and_outputs(
+    data: Path, tmp_path: Path
+) -> None:
+    made = origins.export(recipe("small", data, None, "onnxruntime", "litert"), tmp_path)
+    file = origins.read(made)
+    twin = file.on("litert")
+    assert (twin.format, file.on("onnxruntime").format) == ("tflite", "onnx")
+    assert (twin.inputs, twin.outputs) == (file.inputs, file.outputs)
+    assert made.origin is not None and made.origin.differences["tflite"] < 1e-5
+    assert "variants must be interchangeable" in made.origin.notes[0]
+    with pytest.raises(UsageError, match="one sample at a time"):
+        origins.export(recipe("small", data, Export(batch="free"), "litert"), tmp_path)
+
+
+@litert_torch
+def test_wide_integers_and_the_order_of_outputs_are_kept_in_a_tflite(
+    pairs: Path, tmp_path: Path
+) -> None:
+    made = origins.export(recipe("two", pairs, None, "litert"), tmp_path)
+    file = origins.read(made)
+    assert file.on("litert").inputs == file.inputs
+    assert [one.name for one in file.on("litert").outputs] == ["total", "each"]
+
+
+def test_a_recipe_with_an_origin_says_the_same_after_a_round_trip(
+    data: Path, tmp_path: Path
+) -> None:
+    made = origins.export(recipe("small", data), tmp_path)
+    again = msgspec.convert(msgspec.json.decode(msgspec.json.encode(made)), Recipe)
+    assert again == made and origins.read(again).path == models.read(Path(made.source)).path
