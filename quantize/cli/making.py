@@ -108,19 +108,13 @@ def _do(arguments: argparse.Namespace, given: Callable[[Path, Say], Recipe]) -> 
     from edge_runtime.cli.progress import Progress
     from quantize import origins, workflow
 
-    progress = Progress(sys.stderr, quiet=arguments.json)
-
-    def say(what: str) -> None:
-        progress.update(what, 0, 0)
-
     with tempfile.TemporaryDirectory(prefix="edge-quantize-") as temporary:
         folder = arguments.work or Path(temporary)
-        try:
+        with Progress(sys.stderr, quiet=arguments.json) as progress:
+            say = progress.update
             recipe = origins.exported(given(folder, say), folder, say)
             ready = workflow.prepare(recipe)
             done = None if arguments.dry_run else _work(arguments, recipe, ready, folder, say)
-        finally:
-            progress.close()
         if done is None:
             return _plan(ready, as_json=arguments.json)
     return _shown(arguments, recipe, done)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.errors import UsageError
-from quantize import cli, models, recipe, origins
+from quantize import cli, models, origins, recipe
 from quantize.recipe import Data, Recipe
 
 EXAMPLE = Path("examples/fashion_mnist").resolve()
