@@ -18,7 +18,7 @@ from device_profiles import loading
 from device_profiles.schema import ProfileError
 from edge_runtime.bundle import openvino_ir
 from edge_runtime.bundle import source as contents
-from edge_runtime.errors import EdgeError, NotFoundError, UsageError
+from edge_runtime.errors import ModelError, NotFoundError, UsageError
 from quantize import causes, kernels, models, onnx_door, origins, proposing
 from quantize.models import ModelFile
 from quantize.passes import FLOAT, ONNX, OPENVINO, Say
@@ -109,15 +109,14 @@ def _source(wish: Wish, folder: Path, say: Say) -> tuple[ModelFile, list[str]]:
         return models.read(wish.model), []
     data = Data(_absolute(wish.data))
     given, notes = Recipe("source", _absolute(source), data), []
-    if "litert" in target_backends(wish.target) and is_here("litert"):
+    if "litert" in target_backends(wish.target) and not origins.tflite_is_possible():
+        notes.append(_not_tried("litert_torch"))
+    elif "litert" in target_backends(wish.target):
         both = msgspec.structs.replace(given, variants=(Variant("fp32", "litert"),))
         try:
             return origins.read(origins.exported(both, folder, say)), []
-        except EdgeError as error:
-            if not origins.tflite_is_possible():
-                notes.append(_not_tried("litert_torch"))
-            else:
-                notes.append(f"not tried: .tflite for litert: {error.message}")
+        except ModelError as error:
+            notes.append(f"not tried: .tflite for litert: {error.message}")
     return origins.read(origins.exported(given, folder, say)), notes
 
 

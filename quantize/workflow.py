@@ -21,6 +21,7 @@ from quantize import (
     evaluating,
     foreign,
     judging,
+    models,
     observing,
     onnxruntime_door,
     origins,
