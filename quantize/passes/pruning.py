@@ -7,6 +7,7 @@ shows how), and a recipe that only prunes is judged like any other.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -19,22 +20,21 @@ from edge_runtime.errors import did_you_mean as nearest
 from quantize import onnx_door, onnxruntime_door
 from quantize.passes import FLOAT, ONNX, PRUNED, Bench
 from quantize.pruning import channels, choosing, cutting, groups, work
+from quantize.pruning.seen import Seen, Sums
 
 Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 # Calibration samples that say how strong a channel is: a mean over so many images is settled.
 SAMPLES_MAX = 256
 
 
-class Seen(NamedTuple):
-    """Of a value, for every element of its axis: the mean, and the mean square."""
+class Judged(NamedTuple):
+    """A model, its groups, and what each of their channels is worth."""
 
-    mean: Any
-    square: Any
-
-    def strength(self, compensated: bool) -> Any:
-        """What is lost without the element: all of it, or, compensated, how far it varies."""
-        lost = self.square - self.mean**2 if compensated else self.square
-        return np.sqrt(np.maximum(lost, 0.0))
+    model: Any
+    found: groups.Channels
+    weights: dict[str, Any]
+    seen: dict[str, Seen]
+    scores: dict[int, Any]
 
 
 class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,8 +49,11 @@ class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         importance: what decides who goes: the weights that make a channel (weights), or what it
             adds to the next layer on calibration samples (activations).
         norm: of the weights that make a channel, for importance: weights.
-        compensate: with importance: activations, the next layer's bias adds what the channels that
-            go added on average. Then it counts how far a channel varies, not how large it is.
+        compensate: with importance: activations, the channels that stay take on what they foretell
+            of those that go, and the next layer's bias the rest. Then it counts what no other
+            channel says, not how large a channel is.
+        rounds: with importance: activations, cut a part at a time and look anew at what is left: a
+            deep cut changes what the layers behind it see.
         exclude: nodes whose channels stay.
     """
 
@@ -62,6 +65,7 @@ class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     importance: Literal["weights", "activations"] = "weights"
     norm: Literal["l1", "l2"] = "l2"
     compensate: bool = True
+    rounds: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
     exclude: tuple[str, ...] = ()
 
     requires: ClassVar[frozenset[str]] = frozenset({ONNX, FLOAT})
@@ -71,34 +75,65 @@ class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def apply(self, source: Path, out: Path, bench: Bench) -> None:
         """See passes.Pass.apply. Constants are folded first: exports compute shapes and pads."""
         with tempfile.TemporaryDirectory() as folder:
-            folded = Path(folder) / "folded.onnx"
-            onnxruntime_door.optimize(source, folded)
-            model = onnx_door.load(folded)
-            found, weights = understand(model)
-            _check_names((*self.exclude, *self.ratios), model)
-            seen = self._seen(found, folded, bench)
-            before = work.macs(folded)
+            path = Path(folder) / "folded.onnx"
+            onnxruntime_door.optimize(source, path)
+            first = judged = self._judged(path, bench)
+            wanted = self._wanted(first)
+            rounds = self.rounds if self.importance == "activations" else 1
+            for number in range(1, rounds + 1):
+                if number > 1:
+                    judged = self._judged(path, bench)
+                counts = {
+                    group: choosing.partway(
+                        first.found.sizes[group], count, number / rounds, self.multiple
+                    )
+                    for group, count in wanted.items()
+                }
+                kept = choosing.best(judged.scores, counts)
+                path = Path(folder) / f"round{number}.onnx"
+                self._cut(judged, kept, path)
+            before = work.macs(Path(folder) / "folded.onnx")
+            shutil.copyfile(path, out)
+        gone = sum(first.found.sizes[group] - count for group, count in wanted.items())
+        bench.say(
+            f"{gone} channels of {len(wanted)} groups went:"
+            f" {before / 1e6:.2f} -> {work.macs(out) / 1e6:.2f} million multiplications"
+        )
+
+    def _judged(self, path: Path, bench: Bench) -> Judged:
+        model = onnx_door.load(path)
+        found, weights = understand(model)
+        _check_names((*self.exclude, *self.ratios), model)
+        seen = self._seen(found, path, bench)
         scores = {
             group: values
             for group, values in self._scores(found, weights, seen).items()
             if not set(self.exclude) & set(found.nodes[group])
         }
-        kept = choosing.keep(
-            found, scores, self.ratio, self.ratios, self.multiple, self.across, self.keep_min
+        return Judged(model, found, weights, seen, scores)
+
+    def _wanted(self, first: Judged) -> dict[int, int]:
+        """How many channels of each group stay in the end. Raises: UsageError, if all do."""
+        wanted = choosing.counts(
+            first.found,
+            first.scores,
+            self.ratio,
+            self.ratios,
+            self.multiple,
+            self.across,
+            self.keep_min,
         )
-        if not kept:
+        if not wanted:
             raise UsageError(
-                "no channel can go: " + (_reasons(found) or "the ratio is too small"),
+                "no channel can go: " + (_reasons(first.found) or "the ratio is too small"),
                 where="prune_channels",
             )
-        means = {name: one.mean for name, one in seen.items()} if self.compensate else None
-        cutting.cut(model, found, kept, weights, means)
+        return wanted
+
+    def _cut(self, judged: Judged, kept: dict[int, Any], out: Path) -> None:
+        model, found, weights, seen, _ = judged
+        cutting.cut(model, found, kept, weights, seen if self.compensate else None)
         onnx_door.save(onnx_door.infer_shapes(model), out)
-        gone = sum(found.sizes[group] - len(left) for group, left in kept.items())
-        bench.say(
-            f"{gone} channels of {len(kept)} groups went:"
-            f" {before / 1e6:.2f} -> {work.macs(out) / 1e6:.2f} million multiplications"
-        )
 
     def _seen(self, found: groups.Channels, source: Path, bench: Bench) -> dict[str, Seen]:
         """What calibration says; nothing where only the weights count."""
@@ -116,8 +151,8 @@ class PruneChannels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ) -> dict[int, Any]:
         if self.importance == "weights":
             return choosing.by_weights(found, weights, self.norm)
-        strengths = {name: one.strength(self.compensate) for name, one in seen.items()}
-        return choosing.by_activations(found, weights, strengths)
+        by = choosing.by_foresight if self.compensate else choosing.by_activations
+        return by(found, weights, seen)
 
     def versions(self) -> dict[str, str]:
         return onnxruntime_door.versions()
@@ -188,19 +223,11 @@ def observed(found: groups.Channels, source: Path, bench: Bench) -> dict[str, Se
     Raises:
         ModelError: the library does not run the model.
     """
-    axes = {one.value: one.axis for one in found.readers}
-    sums: dict[str, Any] = {}
-    counts = dict.fromkeys(axes, 0)
-    for values in onnxruntime_door.activations(source, bench.calibration, bench, set(axes)):
+    sums = {one.value: Sums(one.axis, one.cut.block) for one in found.readers}
+    for values in onnxruntime_door.activations(source, bench.calibration, bench, set(sums)):
         for name, value in values.items():
-            axis = axes[name]
-            flat = np.moveaxis(value, axis, 0).reshape(value.shape[axis], -1).astype(np.float64)
-            now = np.stack([flat.sum(axis=1), np.square(flat).sum(axis=1)])
-            sums[name] = sums.get(name, 0.0) + now
-            counts[name] += flat.shape[1]
-    return {
-        name: Seen(total[0] / counts[name], total[1] / counts[name]) for name, total in sums.items()
-    }
+            sums[name].add(value)
+    return {name: one.seen() for name, one in sums.items()}
 
 
 def _check_names(names: tuple[str, ...], model: Any) -> None:

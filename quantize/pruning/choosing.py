@@ -10,11 +10,13 @@ divided by the mean over the layer, so that layers can be compared.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 
-from quantize.pruning.groups import Channels
+from quantize.pruning.groups import Channels, Reader
+from quantize.pruning.seen import Read, Seen, going
 
 Array = np.ndarray[Any, Any]
 
@@ -38,32 +40,58 @@ def by_weights(
 
 
 def by_activations(
-    found: Channels, weights: dict[str, Array], strengths: dict[str, Array]
+    found: Channels, weights: dict[str, Array], seen: dict[str, Seen]
 ) -> dict[int, Array]:
     """The same from what the channels do: strength of the value x norm of the weights that read it.
 
     Args:
-        strengths: by a reader's value, root mean square of each element of its axis.
+        seen: by a reader's value.
     """
     scores = {group: np.zeros(found.sizes[group]) for group in found.prunable}
     for one in found.readers:
-        weight = np.moveaxis(weights[one.cut.weight], one.cut.axis, 0)
-        norms = np.linalg.norm(weight.reshape(len(weight), -1).astype(np.float64), axis=1)
-        added, offset = np.square(norms * strengths[one.value]), 0
-        for group in one.cut.groups:
-            length = found.sizes[group] * one.cut.block
-            mine = added[offset : offset + length].reshape(found.sizes[group], -1)
+        added = _norms(one, weights) * seen[one.value].square
+        by_channel = added.reshape(-1, one.cut.block).sum(axis=1)
+        for group, own in _own(one, found):
             if group in scores:
-                scores[group] += _relative(np.sqrt(mine.sum(axis=1)))
-            offset += length
+                scores[group] += _relative(np.sqrt(by_channel[own]))
     return scores
+
+
+def by_foresight(
+    found: Channels, weights: dict[str, Array], seen: dict[str, Seen]
+) -> dict[int, Array]:
+    """The same of what the other channels cannot say (see `seen`)."""
+    readers: dict[int, list[Read]] = {group: [] for group in found.prunable}
+    for one in found.readers:
+        norms = _norms(one, weights).reshape(-1, one.cut.block).sum(axis=1)
+        for group, own in _own(one, found):
+            if group in readers:
+                readers[group].append(Read(seen[one.value], norms, own, bool(one.bias)))
+    return {
+        group: going(some) if some else np.zeros(found.sizes[group])
+        for group, some in readers.items()
+    }
+
+
+def _norms(one: Reader, weights: dict[str, Array]) -> Array:
+    """Squared norm of the weights that read each element."""
+    weight = np.moveaxis(weights[one.cut.weight], one.cut.axis, 0)
+    return np.square(weight.reshape(len(weight), -1).astype(np.float64)).sum(axis=1)
+
+
+def _own(one: Reader, found: Channels) -> Iterator[tuple[int, Array]]:
+    """Each group of the axis with its channels."""
+    offset = 0
+    for group in one.cut.groups:
+        yield group, np.arange(offset, offset + found.sizes[group])
+        offset += found.sizes[group]
 
 
 def _relative(values: Array) -> Array:
     return values / max(float(values.mean()), 1e-12)
 
 
-def keep(
+def counts(
     found: Channels,
     scores: dict[int, Array],
     ratio: float,
@@ -71,8 +99,8 @@ def keep(
     multiple: int,
     across: bool,
     keep_min: float,
-) -> dict[int, Array]:
-    """Indices to keep, ascending, of every group that loses channels.
+) -> dict[int, int]:
+    """How many channels stay, of every group that loses some.
 
     Args:
         ratio: share of channels that go. ratios: other shares for groups that a node makes, by its
@@ -87,9 +115,22 @@ def keep(
         share = min(stated[0] if stated else shares[group], 1 - keep_min if not stated else 1.0)
         count = kept_count(len(values), share, multiple)
         if count < len(values):
-            order = np.argsort(-values, kind="stable")[:count]
-            kept[group] = np.sort(order)
+            kept[group] = count
     return kept
+
+
+def partway(size: int, count: int, part: float, multiple: int) -> int:
+    """How many of `size` channels are there when `part` of the way to `count` is gone."""
+    return max(count, kept_count(size, (size - count) / size * part, multiple))
+
+
+def best(scores: dict[int, Array], wanted: dict[int, int]) -> dict[int, Array]:
+    """Indices to keep, ascending, of every group that loses channels."""
+    return {
+        group: np.sort(np.argsort(-scores[group], kind="stable")[:count])
+        for group, count in wanted.items()
+        if count < len(scores[group])
+    }
 
 
 def kept_count(size: int, share: float, multiple: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 
 from quantize import onnx_door
 from quantize.pruning.groups import Channels, Cut
+from quantize.pruning.seen import Seen
 
 Array = np.ndarray[Any, Any]
 
@@ -21,14 +22,14 @@ def cut(
     found: Channels,
     kept: dict[int, Array],
     weights: dict[str, Array],
-    means: dict[str, Array] | None = None,
+    seen: dict[str, Seen] | None = None,
 ) -> None:
     """Slice every weight that hangs on a group which loses channels; `model` is changed.
 
     Args:
-        means: see `compensated`; None: what the channels added is lost.
+        seen: see `compensated`; None: what the channels added is lost.
     """
-    changed = compensated(found, kept, weights, means) if means else dict(weights)
+    changed = compensated(found, kept, weights, seen) if seen else dict(weights)
     depthwise = dict(found.depthwise)
     for one in found.cuts:
         if any(group in kept for group in one.groups):
@@ -57,23 +58,33 @@ def cut(
 
 
 def compensated(
-    found: Channels, kept: dict[int, Array], weights: dict[str, Array], means: dict[str, Array]
+    found: Channels, kept: dict[int, Array], weights: dict[str, Array], seen: dict[str, Seen]
 ) -> dict[str, Array]:
-    """The weights, in which biases add what the channels that go added on average.
+    """The weights, in which those of channels that stay take on what these foretell of the channels
+    that go, and biases the rest of what those added on average.
 
-    Exact where a channel is constant, but for the borders of a convolution with pads.
-
-    Args:
-        means: of each reader's value, the mean of every element of its axis.
+    Exact where a channel is a sum of others and a constant, but for the borders of a convolution
+    with pads, where the constant is not.
     """
     changed = dict(weights)
     for one in found.readers:
-        weight = np.moveaxis(weights[one.cut.weight], one.cut.axis, 0)
-        gone = np.setdiff1d(np.arange(len(weight)), indices(one.cut, found, kept))
-        if one.bias and len(gone):
-            per_output = weight[gone].reshape(len(gone), weight.shape[1], -1).sum(axis=2)
-            bias = changed[one.bias]
-            changed[one.bias] = bias + (means[one.value][gone] @ per_output).astype(bias.dtype)
+        cut = one.cut
+        left = indices(cut._replace(block=1), found, kept)
+        values = np.moveaxis(changed[cut.weight], cut.axis, 0)
+        by_channel = values.reshape(-1, cut.block, *values.shape[1:]).astype(np.float64)
+        gone = np.setdiff1d(np.arange(len(by_channel)), left)
+        if not len(gone):
+            continue
+        foretold = seen[one.value].foretold(left, gone, bool(one.bias))
+        if one.bias:
+            means = seen[one.value].mean.reshape(-1, cut.block)
+            rest = means[gone] - foretold @ means[left]
+            summed = by_channel[gone].reshape(len(gone), *by_channel.shape[1:3], -1).sum(axis=3)
+            added = np.einsum("cb,cbo->o", rest, summed)
+            changed[one.bias] = (changed[one.bias] + added).astype(changed[one.bias].dtype)
+        by_channel[left] += np.tensordot(foretold.T, by_channel[gone], 1)
+        moved = np.moveaxis(by_channel.reshape(values.shape), 0, cut.axis)
+        changed[cut.weight] = moved.astype(values.dtype)
     return changed
 
 

@@ -18,6 +18,7 @@ from edge_runtime.errors import UsageError
 from quantize import cli, onnx_door, passes
 from quantize.passes import Bench, pruning
 from quantize.pruning import choosing, cutting, work
+from quantize.pruning.seen import Read, Sums, going
 
 MODEL = Path("examples/fashion_mnist/fp32.onnx").resolve()
 LITE0 = Path("examples/efficientnet_lite0/out/fp32.onnx").resolve()
@@ -372,6 +373,91 @@ def test_a_channel_that_never_changes_is_compensated_for_by_the_next_bias(tmp_pa
     np.testing.assert_allclose(run(tmp_path / "half.onnx", samples), want, atol=1e-3)
     passes.decode(how | {"compensate": False}, "p").apply(path, tmp_path / "lost.onnx", seen)
     assert np.abs(run(tmp_path / "lost.onnx", samples) - want).max() > 0.1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_channels_that_are_sums_of_others_go_and_no_answer_changes(
+    tmp_path: Path, bias: bool
+) -> None:
+    """Of 16 channels eight say what the others say, in parts: the weights behind take it on."""
+    net = Net(9)
+    x = net.conv("x", 3, 16)
+    pooled = net.add("Flatten", [net.add("GlobalAveragePool", [x])])
+    path = net.model(net.gemm(pooled, 16, 4), tmp_path / "net.onnx")
+    model = onnx_door.load(path)
+    mixed = net.rng.normal(size=(8, 8)).astype(np.float32)
+    for item in model.graph.initializer[:2]:
+        values = numpy_helper.to_array(item).copy()
+        values[::2] = np.tensordot(mixed, values[1::2], 1)
+        item.CopyFrom(numpy_helper.from_array(values, item.name))
+    if not bias:
+        del model.graph.node[-1].input[2:]
+    onnx.save(model, path)
+    samples = net.rng.random((60, 3, SIDE, SIDE), dtype=np.float32)
+    seen = bench(path)._replace(calibration={"x": samples})
+    how = {"use": "prune_channels", "ratio": 0.5, "importance": "activations"}
+    passes.decode(how, "p").apply(path, tmp_path / "half.onnx", seen)
+    want = run(path, samples)
+    assert work.macs(tmp_path / "half.onnx") < 0.55 * work.macs(path)
+    error = np.abs(run(tmp_path / "half.onnx", samples) - want).max()
+    assert error < 0.02 * np.abs(want).max()
+    passes.decode(how | {"compensate": False}, "p").apply(path, tmp_path / "lost.onnx", seen)
+    assert np.abs(run(tmp_path / "lost.onnx", samples) - want).max() > 5 * error
+
+
+@pytest.mark.parametrize(("axis", "block"), [(1, 1), (1, 6), (-1, 1)])
+def test_what_is_seen_in_batches_is_what_is_seen_at_once(axis: int, block: int) -> None:
+    rng = np.random.Generator(np.random.PCG64(4))
+    values = rng.normal(size=(50, 12) if block > 1 else (50, 12, 12)) + 3
+    sums = Sums(axis, block)
+    for part in np.array_split(values, 7):
+        sums.add(part)
+    seen = sums.seen()
+    rows = np.moveaxis(values, axis, 0).reshape(12, -1)
+    np.testing.assert_allclose(seen.mean, rows.mean(axis=1))
+    np.testing.assert_allclose(seen.square, np.square(rows).mean(axis=1))
+    centred = (rows - rows.mean(axis=1, keepdims=True)).reshape(12 // block, -1)
+    np.testing.assert_allclose(seen.together, centred @ centred.T / centred.shape[1], atol=1e-9)
+
+
+def test_of_two_channels_that_say_the_same_one_goes_first_and_the_other_last() -> None:
+    rng = np.random.Generator(np.random.PCG64(5))
+    values = rng.normal(size=(500, 6))
+    values[:, 4] = 2 * values[:, 1]
+    values[:, 3] *= 0.1
+    sums = Sums(1, 1)
+    sums.add(values)
+    costs = going([Read(sums.seen(), np.ones(6), np.arange(6), constant=True)])
+    order = np.argsort(costs)
+    assert order[0] in (1, 4) and order[1] == 3
+    assert costs[1 if order[0] == 4 else 4] > costs[3]
+
+
+@given(size=st.integers(1, 300), share=st.floats(0, 0.99), multiple=st.integers(1, 64))
+def test_rounds_end_where_one_cut_would(size: int, share: float, multiple: int) -> None:
+    count = choosing.kept_count(size, share, multiple)
+    steps = [choosing.partway(size, count, part / 5, multiple) for part in range(6)]
+    assert steps[0] == size and steps[-1] == count
+    assert steps == sorted(steps, reverse=True)
+
+
+def test_half_of_the_channels_go_and_what_is_left_still_answers(tmp_path: Path) -> None:
+    """Not trained again; by their weights alone the answers would be lost. Rounds cost no work."""
+    rng = np.random.Generator(np.random.PCG64(1))
+    x = rng.random((100, 1, 7, 7), dtype=np.float32).repeat(4, axis=2).repeat(4, axis=3)
+    want, errors, counts = run_named(MODEL, x), [], []
+    for more in ({"rounds": 1}, {"rounds": 2}, {"importance": "weights"}):
+        how = {"use": "prune_channels", "ratio": 0.5, "importance": "activations"} | more
+        out = tmp_path / "half.onnx"
+        passes.decode(how, "p").apply(MODEL, out, bench(MODEL)._replace(calibration={"input": x}))
+        errors.append(float(np.square(run_named(out, x) - want).mean() / want.var()))
+        counts.append(work.macs(out))
+    assert len(set(counts)) == 1
+    assert max(errors[:2]) < 0.3 < errors[2]
+
+
+def run_named(path: Path, x: np.ndarray) -> np.ndarray:
+    return backend("onnxruntime").load(path, {}).run({"input": x})["logits"]
 
 
 def test_a_run_tells_what_pruning_changed_and_what_not(
