@@ -76,7 +76,8 @@ def by_foresight(
 def _norms(one: Reader, weights: dict[str, Array]) -> Array:
     """Squared norm of the weights that read each element."""
     weight = np.moveaxis(weights[one.cut.weight], one.cut.axis, 0)
-    return np.square(weight.reshape(len(weight), -1).astype(np.float64)).sum(axis=1)
+    found: Array = np.square(weight.reshape(len(weight), -1).astype(np.float64)).sum(axis=1)
+    return found
 
 
 def _own(one: Reader, found: Channels) -> Iterator[tuple[int, Array]]:
