@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +20,19 @@ from device_profiles.schema import ProfileError
 from edge_runtime.bundle import openvino_ir
 from edge_runtime.bundle import source as contents
 from edge_runtime.errors import ModelError, NotFoundError, UsageError
-from quantize import causes, kernels, models, onnx_door, origins, proposing
+from quantize import (
+    causes,
+    kernels,
+    litert_door,
+    models,
+    onnx_door,
+    origins,
+    proposing,
+    tflite_ops,
+)
 from quantize.models import ModelFile
-from quantize.passes import FLOAT, ONNX, OPENVINO, Say
+from quantize.passes import FLOAT, ONNX, OPENVINO, TFLITE, Say
+from quantize.proposing import Groups
 from quantize.recipe import Budgets, Data, Evaluation, Pack, Recipe, Search, Variant
 
 # The module that a backend needs here, on the builder's machine, to be measured at all.
@@ -71,9 +82,9 @@ def recipe(wish: Wish, folder: Path | None = None, say: Say = lambda what: None)
             expected="the float model it was made of: what rounding lost does not come back",
         )
     backends = [one for one in target_backends(wish.target) if is_here(one)]
-    thin = kernels.slow(source.path).thin if source.format == ONNX else ()
+    groups = _groups(source, backends)
     proposal = proposing.propose(
-        source, operators(source), backends, _can_import, thin, causes.processor_features()
+        source, operators(source), backends, _can_import, groups, causes.processor_features()
     )
     if not proposal.variants:
         raise UsageError(
@@ -153,6 +164,16 @@ def operators(source: ModelFile) -> set[str]:
     if source.format != ONNX:
         return set()
     return {node.op_type for node in onnx_door.load(source.path).graph.node}
+
+
+def _groups(source: ModelFile, backends: Sequence[str]) -> Groups:
+    """Nodes that proposals name; none of a format or without a backend that says none."""
+    if source.format == ONNX:
+        return Groups(thin=kernels.slow(source.path).thin)
+    if source.format == TFLITE and "litert" in backends:
+        graph = litert_door.graph(source.path)
+        return Groups(connected=tflite_ops.of_kinds(graph, {"FULLY_CONNECTED"}))
+    return proposing.NO_GROUPS
 
 
 def as_name(text: str) -> str:

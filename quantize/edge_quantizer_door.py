@@ -64,6 +64,7 @@ def quantize_static(
     _refuse_subgraphs(source)
     graph = litert_door.graph(source)
     floats = [one.name for one in tflite_ops.named(graph, how.exclude, "exclude")]
+    floats += tflite_ops.of_kinds(graph, tflite_ops.FLOAT_ONLY)
     floats += [one.name for one in tflite_ops.between_floats(graph, floats)]
     small = tflite_ops.four_bits(graph, how.four_bits, "four_bits")
     wide = tflite_ops.named(graph, how.sixteen_bits, "sixteen_bits")
@@ -82,7 +83,7 @@ def quantize_static(
         _leave(library, made, graph, floats)
         _write(made, _as_statistics(kept, graph), out)
     if not tflite_ops.quantized(litert_door.graph(out)):
-        raise _nothing(out, floats)
+        raise _nothing(out, how.exclude)
 
 
 def quantize_weights(source: Path, out: Path, how: TfliteWeights) -> None:

@@ -59,7 +59,7 @@ def observe(
         answers: the float model's for the evaluation samples. output: the one that is judged.
     """
     found = checks.inputs(split.calibration.inputs, split.evaluation.inputs)
-    kept = _ranges(built)
+    kept = _ranges(source, built)
     activations: tuple[Activation, ...] = ()
     if source.format in _LOOKING and kept:
         say("looking at what quantized tensors hold")
@@ -104,12 +104,12 @@ def _classes(data: Dataset) -> Array | None:
     return given.reshape(-1)
 
 
-def _ranges(built: Sequence[Built]) -> dict[str, dict[str, tuple[float, float]]]:
+def _ranges(source: ModelFile, built: Sequence[Built]) -> dict[str, dict[str, tuple[float, float]]]:
     """By tensor and variant."""
     kept: dict[str, dict[str, tuple[float, float]]] = {}
     for one in built:
         if one.path is not None and one.path.suffix in _RANGES and one.steps:
-            for tensor, span in _RANGES[one.path.suffix](one.path).items():
+            for tensor, span in _RANGES[one.path.suffix](one.path, source.path).items():
                 kept.setdefault(tensor, {})[one.variant.name] = span
     return kept
 
@@ -207,11 +207,16 @@ def _values(source: ModelFile, feeds: Feeds, wanted: set[str]) -> Iterator[tuple
         yield count, {name: value for name, value in (own | values).items() if value.size}
 
 
-def _onnx_ranges(path: Path) -> dict[str, tuple[float, float]]:
-    return onnx_door.quantized_ranges(onnx_door.load(path))
+def _onnx_ranges(path: Path, source: Path) -> dict[str, tuple[float, float]]:
+    made = onnx_door.load(path)
+    swallowed = (
+        onnx_door.swallowed(onnx_door.load(source), made) if source.suffix == ".onnx" else {}
+    )
+    found = onnx_door.quantized_ranges(made)
+    return {swallowed.get(name, name): span for name, span in found.items()}
 
 
-def _tflite_ranges(path: Path) -> dict[str, tuple[float, float]]:
+def _tflite_ranges(path: Path, _: Path) -> dict[str, tuple[float, float]]:
     return tflite_ops.ranges(litert_door.graph(path))
 
 

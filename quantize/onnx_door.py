@@ -114,23 +114,61 @@ def arrays(model: Any) -> dict[str, Any]:
 
 
 def quantized_ranges(model: Any) -> dict[str, tuple[float, float]]:
-    """By tensor the range that its QuantizeLinear keeps; tensors with one scale, no weights."""
+    """By tensor the range that its integers can say; tensors with one scale, no weights.
+
+    That is what a QuantizeLinear keeps, or what an operator in integers (QOperator) answers.
+    """
     known = arrays(model)
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
             known[node.output[0]] = library().numpy_helper.to_array(node.attribute[0].t)
     found = {}
     for node in model.graph.node:
-        if node.op_type != "QuantizeLinear" or len(node.input) < 3 or node.input[0] in known:
+        at = _SCALES.get(node.op_type)
+        if at is None or len(node.input) < at + 2 or node.input[0] in known:
             continue
-        scale, zero = known.get(node.input[1]), known.get(node.input[2])
+        scale, zero = known.get(node.input[at]), known.get(node.input[at + 1])
         if scale is None or zero is None or scale.size != 1 or zero.dtype.kind not in "iu":
             continue
         bits = 8 * zero.dtype.itemsize
         least = 0 if zero.dtype.kind == "u" else -(1 << bits - 1)
         step, middle = float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0])
-        found[node.input[0]] = step * (least - middle), step * (least + (1 << bits) - 1 - middle)
+        is_pair = node.op_type == "QuantizeLinear"
+        name = node.input[0] if is_pair else node.output[0].removesuffix(_INTEGERS)
+        found[name] = step * (least - middle), step * (least + (1 << bits) - 1 - middle)
     return found
+
+
+def swallowed(source: Any, made: Any) -> dict[str, str]:
+    """By a node's output the output of the Relu or Clip behind it that `made` has no more.
+
+    A range of integers that begins at 0 does the same, so quantizers leave it out.
+    """
+    there = {name.removesuffix(_INTEGERS) for node in made.graph.node for name in node.output}
+    return {
+        node.input[0]: node.output[0]
+        for node in source.graph.node
+        if node.op_type in ("Relu", "Clip") and node.output[0] not in there
+    }
+
+
+# Operator -> where among its inputs the scale of what it makes stands; the zero point follows.
+_SCALES = {
+    "QuantizeLinear": 1,
+    "QLinearConv": 6,
+    "QLinearMatMul": 6,
+    "QGemm": 7,
+    "QLinearAdd": 6,
+    "QLinearMul": 6,
+    "QLinearAveragePool": 3,
+    "QLinearGlobalAveragePool": 3,
+    "QLinearSigmoid": 3,
+    "QLinearLeakyRelu": 3,
+    "QLinearSoftmax": 3,
+    "QLinearReduceMean": 3,
+    "QLinearConcat": 0,
+}
+_INTEGERS = "_quantized"  # what onnxruntime calls the integers that stand for a float tensor
 
 
 def lift_constants(model: Any) -> None:

@@ -7,7 +7,7 @@ worth trying for a kind of graph is left out with its reason; what wins is decid
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -23,16 +23,28 @@ class Idea(NamedTuple):
     """A variant to try.
 
     `operators`: only for models that have one of these (empty: any). `needs`: a module that must be
-    installed beside what the extra `quantize` brings. `leaves_thin`: nodes that integers make
-    slower stay float; only for models that have some. `features`: only on processors with one of
-    these (empty: any).
+    installed beside what the extra `quantize` brings. `names`: (option, group): the last pass's
+    option names the nodes of this group of `Groups`; only for models that have some. `features`:
+    only on processors with one of these (empty: any).
     """
 
     variant: Variant
     operators: frozenset[str] = frozenset()
     needs: str = ""
-    leaves_thin: bool = False
+    names: tuple[Literal["exclude", "four_bits"], Literal["thin", "connected"]] | None = None
     features: frozenset[str] = frozenset()
+
+
+class Groups(NamedTuple):
+    """Nodes by name.
+
+    Attributes:
+        thin: those that integers make slower. connected: fully connected ones of a .tflite model,
+            which keep their speed with weights of 4 bits.
+    """
+
+    thin: tuple[str, ...] = ()
+    connected: tuple[str, ...] = ()
 
 
 _EDGE = "ai_edge_quantizer"
@@ -42,6 +54,7 @@ def _static(**more: Any) -> tuple[dict[str, Any], ...]:
     return (CLEAN, {"use": "static_int8", **more})
 
 
+_THIN: Any = ("exclude", "thin")
 # ONNX's names and OpenVINO's.
 _PRODUCTS = frozenset({"MatMul", "Gemm", "LSTM", "GRU", "Attention", "LSTMSequence", "GRUSequence"})
 _BY_OPENVINO = (
@@ -53,7 +66,7 @@ _ONNX: dict[str, tuple[Idea, ...]] = {
     "onnxruntime": (
         Idea(Variant("fp32", "onnxruntime")),
         Idea(Variant("int8", "onnxruntime", passes=_static())),
-        Idea(Variant("int8-mixed", "onnxruntime", passes=_static()), leaves_thin=True),
+        Idea(Variant("int8-mixed", "onnxruntime", passes=_static()), names=_THIN),
         Idea(Variant("int8-percentile", "onnxruntime", passes=_static(method="percentile"))),
         Idea(Variant("int8-mse", "onnxruntime", passes=_static(method="mse"))),
         Idea(
@@ -85,10 +98,19 @@ _TFLITE: dict[str, tuple[Idea, ...]] = {
     "litert": (
         Idea(Variant("fp32-litert", "litert")),
         Idea(Variant("int8-litert", "litert", passes=({"use": "tflite_int8"},)), needs=_EDGE),
+        Idea(
+            Variant("int8w4-litert", "litert", passes=({"use": "tflite_int8"},)),
+            needs=_EDGE,
+            names=("four_bits", "connected"),
+        ),
         Idea(Variant("dynamic-litert", "litert", passes=({"use": "tflite_weights"},)), needs=_EDGE),
+        Idea(Variant("fp16-litert", "litert", passes=({"use": "tflite_float16"},)), needs=_EDGE),
     ),
 }
 _BY_FORMAT = {ONNX: _ONNX, TFLITE: _TFLITE, OPENVINO: _IR}
+
+
+NO_GROUPS = Groups()
 
 
 class Proposal(NamedTuple):
@@ -103,32 +125,32 @@ def propose(
     operators: set[str],
     backends: Sequence[str],
     is_here: Callable[[str], bool],
-    thin: Sequence[str] = (),
+    groups: Groups = NO_GROUPS,
     features: Collection[str] = (),
 ) -> Proposal:
     """The variants to try, the float model first.
 
     Args:
         operators: kinds of nodes in the model. backends: of the target, in its order. is_here:
-            whether a module can be imported. thin: nodes that integers make slower, by name.
-        features: instruction sets of the processor here.
+            whether a module can be imported. features: instruction sets of the processor here.
     """
     ideas = [
         idea
         for backend in backends
         for idea in _BY_FORMAT.get(source.on(backend).format, {}).get(backend, ())
         if not idea.operators or idea.operators & operators
-        if thin or not idea.leaves_thin
+        if not idea.names or getattr(groups, idea.names[1])
         if not idea.features or idea.features & set(features)
     ]
-    fit = [_variant(idea, thin) for idea in ideas if not idea.needs or is_here(idea.needs)]
+    fit = [_variant(idea, groups) for idea in ideas if not idea.needs or is_here(idea.needs)]
     missing = {idea.needs for idea in ideas if idea.needs and not is_here(idea.needs)}
     return Proposal(tuple(fit), tuple(sorted(missing)))
 
 
-def _variant(idea: Idea, thin: Sequence[str]) -> Variant:
-    if not idea.leaves_thin:
+def _variant(idea: Idea, groups: Groups) -> Variant:
+    if idea.names is None:
         return idea.variant
+    option, group = idea.names
     *before, last = idea.variant.passes
-    passes = (*before, {**last, "exclude": list(thin)})
+    passes = (*before, {**last, option: list(getattr(groups, group))})
     return msgspec.structs.replace(idea.variant, passes=passes)

@@ -42,6 +42,8 @@ MOVING = frozenset(
 )
 # ai-edge-quantizer's default_policy.py: operators whose weights it stores in 4 bits.
 FOUR_BITS = frozenset({"FULLY_CONNECTED", "CONV_2D"})
+# Its kernel for integers ends the run where a divisor rounds to 0 (LiteRT 2.3, div.cc).
+FLOAT_ONLY = frozenset({"DIV"})
 # Where the weights of an operator that multiplies are among its inputs.
 _WEIGHTS = {
     "CONV_2D": 1,

@@ -181,6 +181,23 @@ def test_swapped_channels_in_the_calibration_set_are_named(
     assert checks.reason(found.findings, "int8").startswith("channel-order: ")
 
 
+def test_integer_operators_say_the_same_ranges_as_pairs(tmp_path: Path) -> None:
+    """The Relu behind a convolution is gone in both; it must not look like clipping."""
+    source = models.read(EXAMPLE / "fp32.onnx")
+    noise = np.random.Generator(np.random.PCG64(3)).random((120, 1, 28, 28), dtype=np.float32)
+    mine, test = (
+        Dataset({"input": noise[:60]}, None, "a"),
+        Dataset({"input": noise[60:]}, None, "b"),
+    )
+    seen = {}
+    for kind in ("qdq", "qoperator"):
+        found = look(source, mine, test, tmp_path, format=kind)
+        assert faults(found) == []
+        seen[kind] = {one.name: one.clippings["int8"] for one in found.activations}
+    common = seen["qdq"].keys() & seen["qoperator"].keys()
+    assert len(common) >= 5 and all(seen["qdq"][one] == seen["qoperator"][one] for one in common)
+
+
 def test_histograms_take_a_calibration_set_that_is_no_multiple_of_the_batch(
     colour: ModelFile, tmp_path: Path
 ) -> None:
