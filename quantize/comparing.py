@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from edge_runtime.errors import ModelError, UsageError
-from quantize import datasets, evaluating, judging, latency, models, scores, served
+from quantize import datasets, evaluating, judging, latency, looking, models, scores, served
 from quantize.automatic import is_here
 from quantize.datasets import Dataset
 from quantize.latency import Timed
@@ -64,6 +64,7 @@ class Compared(msgspec.Struct, frozen=True):
     loss: Difference
     speedup: float
     groups: int = 0  # that the samples are in; 0: each is its own
+    notes: tuple[str, ...] = ()
 
 
 def outcomes(first: Outcome, second: Outcome) -> tuple[list[Pair], list[str]]:
@@ -136,10 +137,10 @@ def model_files(
     whole = datasets.load(data, sides[0].inputs)
     whole = datasets.some(whole, evaluation.samples, evaluation.seed)
     datasets.enough(whole)
-    for finding in datasets.repeated(whole):
-        say(f"{finding.fault}: {finding.text}")
     ours = sides[0].outputs
-    judged = judging.judged(evaluation, ours, whole.labels, None, whole.where)
+    judged = judging.judged(
+        evaluation, ours, whole.labels, None, whole.where, looking.looks(sides[0], whole)
+    )
     place = [spec.name for spec in ours].index(judged.output)
     candidates = [_candidate(f"side-{n}", one, threads) for n, one in enumerate(sides)]
     with served.daemon() as daemon:
@@ -161,7 +162,11 @@ def model_files(
     loss = scores.difference(points[0], points[1], confidence, evaluation.seed, whole.groups)
     speedup = latency.ratio(times[0], times[1])
     groups = 0 if whole.groups is None else whole.units
-    return Compared(judged.name, len(whole), confidence, found[0], found[1], loss, speedup, groups)
+    faults = [f"{one.fault}: {one.text}" for one in datasets.repeated(whole)]
+    notes = (*faults, *whole.notes, *([judged.note] if judged.note else []))
+    return Compared(
+        judged.name, len(whole), confidence, found[0], found[1], loss, speedup, groups, notes
+    )
 
 
 def _candidate(name: str, one: ModelFile, threads: int) -> Candidate:

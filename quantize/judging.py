@@ -15,7 +15,8 @@ import numpy as np
 
 from edge_runtime.errors import ModelError, UsageError
 from edge_runtime.tensors import TensorSpec
-from quantize import scores
+from quantize import meaning, scores
+from quantize.meaning import Look
 from quantize.recipe import Evaluation
 from quantize.scores import Metric
 
@@ -49,21 +50,29 @@ def judged(
     labels: Array | None,
     function: Callable[..., Array] | None = None,
     where: str = "",
+    look: Callable[[str], Look] | None = None,
 ) -> Judged:
     """The decision for a model with these outputs and samples with these labels.
 
     Args:
-        where: the data, for messages.
+        where: the data, for messages. look: shows what the float model answers in an output; asked
+            only where labels do not say what it holds.
 
     Raises:
         UsageError, ModelError: an unknown output, or labels that do not fit it or the metric.
     """
     spec = _output(evaluation.output, outputs)
-    note = ""
+    notes = []
     if spec is not outputs[0] and not evaluation.output:
-        note = f"judged by output {spec.name!r}: the first, {outputs[0].name!r}, holds no floats"
+        notes.append(
+            f"judged by output {spec.name!r}: the first, {outputs[0].name!r}, holds no floats"
+        )
     if evaluation.metric == "auto":
-        name = _unlabelled(spec) if labels is None else _labelled(spec, labels, where)
+        if labels is None:
+            name, note = _unlabelled(spec, look)
+            notes += [note] if note else []
+        else:
+            name = _labelled(spec, labels, where)
     else:
         name = evaluation.metric
     metric = scores.metric(name, evaluation.k, function)
@@ -75,7 +84,7 @@ def judged(
         )
     if labels is not None:
         labels = _as_wanted(labels, _WANTS.get(name, ""), spec, where)
-    return Judged(spec.name, name, metric, labels, note)
+    return Judged(spec.name, name, metric, labels, "; ".join(notes))
 
 
 def _output(named: str, outputs: Sequence[TensorSpec]) -> TensorSpec:
@@ -105,13 +114,27 @@ def _size(spec: TensorSpec) -> int | None:
     return math.prod(spec.shape[1:]) if min(spec.shape[1:], default=1) > 0 else None
 
 
-def _unlabelled(spec: TensorSpec) -> str:
+def _unlabelled(spec: TensorSpec, look: Callable[[str], Look] | None) -> tuple[str, str]:
+    """The metric, and a note where another might be meant."""
     count = columns(spec)
     if spec.datatype not in _FLOATS:
-        return "agreement"
+        return "agreement", ""
     if count is None and len(spec.shape) != 2:
-        return "cosine"  # a field of values: where its largest lies says little
-    return "nmse" if count == 1 else "agreement"
+        return "cosine", ""  # a field of values: where its largest lies says little
+    if count == 1:
+        return "nmse", ""
+    seen = meaning.meaning(spec.name, look(spec.name) if look else Look("", None))
+    name, other = _BY_MEANING[seen.kind], _BY_MEANING[_OTHER[seen.kind]]
+    if seen.is_sure and seen.kind == meaning.SCORES:
+        return name, ""
+    return name, (
+        f"output {spec.name!r} was taken for {seen.kind} ({seen.why}) and is judged by {name};"
+        f" if it is {_OTHER[seen.kind]}, the metric is {other}"
+    )
+
+
+_BY_MEANING = {meaning.SCORES: "agreement", meaning.EMBEDDING: "cosine"}
+_OTHER = {meaning.SCORES: meaning.EMBEDDING, meaning.EMBEDDING: meaning.SCORES}
 
 
 def _labelled(spec: TensorSpec, labels: Array, where: str) -> str:

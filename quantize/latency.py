@@ -181,7 +181,7 @@ def _fitted(array: Array, spec: TensorSpec) -> Array:
         raise ModelError(
             f"input {spec.name!r} takes {list(spec.shape)}", expected=str(list(array.shape))
         )
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")  # ascontiguousarray gives an axis to what has none
 
 
 def _round(run: Callable[[], Any]) -> list[float]:

@@ -211,3 +211,20 @@ def version() -> str:
 
 def _brief(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
+
+
+# Operators that hand on the values they get.
+_PASSES_ON = {"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"}
+_PASSES_ON |= {"Cast", "Dropout", "QuantizeLinear", "DequantizeLinear"}
+
+
+def origin(path: Path, output: str) -> str:
+    """The operator that an output's values come from; what only hands on or adds a bias is none."""
+    made = {out: node for node in load(path).graph.node for out in node.output}
+    while output in made:
+        node = made[output]
+        inner = [name for name in node.input if name in made]
+        if node.op_type not in _PASSES_ON and not (node.op_type == "Add" and len(inner) == 1):
+            return str(node.op_type)
+        output = (inner or list(node.input))[0]
+    return ""

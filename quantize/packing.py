@@ -139,6 +139,7 @@ def card(outcome: Outcome) -> dict[str, Any]:
     return {
         "metric": outcome.metric,
         "samples": outcome.samples,
+        "groups": outcome.groups,
         "confidence": outcome.confidence,
         "drop_max": outcome.drop_max,
         "machine": outcome.machine,

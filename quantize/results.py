@@ -156,7 +156,17 @@ class Outcome(msgspec.Struct, frozen=True):
         return tuple(sorted(fit, key=lambda one: one.p50_ms))
 
     @property
+    def judged_by(self) -> str:
+        """How much judged, for people."""
+        return many(self.samples, self.groups)
+
+    @property
     def has_gain(self) -> bool:
         """Whether a variant that was made passed, or none was to be made."""
         made = [one for one in self.evaluated if not one.is_float]
         return not made or any(not one.refusal for one in made)
+
+
+def many(samples: int, groups: int) -> str:
+    """So many samples, for people; 0 groups: each is its own."""
+    return f"{samples} samples" + (f" in {groups} groups" if groups else "")

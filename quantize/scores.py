@@ -18,10 +18,12 @@ import msgspec
 import numpy as np
 
 from edge_runtime.errors import UsageError
-from quantize import clusters
+from quantize import clusters, meaning
 
 Array = np.ndarray[Any, Any]
 
+# A probability of a softmax in float32 that is smaller is noise.
+LEAST = 1e-9
 BOOTSTRAP_ROUNDS = 1000
 DRAWN_AT_ONCE = 1 << 18
 
@@ -154,8 +156,15 @@ def cosine(outputs: Array, _: Array | None, reference: Array) -> Array:
 
 
 def negative_kl(outputs: Array, _: Array | None, reference: Array) -> Array:
-    """-KL(float || variant) in nats, of the softmax of both."""
-    want, mine = _log_softmax(_rows(reference)), _log_softmax(_rows(outputs))
+    """-KL(float || variant) in nats.
+
+    Of the softmax of both, or of the answers themselves where the float model's are distributions
+    already (not negative, each sums to 1); a probability of less than LEAST counts as that.
+    """
+    want, mine = _rows(reference), _rows(outputs)
+    if want.min() >= 0 and np.allclose(want.sum(axis=1), 1, atol=meaning.TOLERANCE):
+        want, mine = (np.log(np.maximum(one, LEAST)) for one in (want, mine))
+    want, mine = _log_softmax(want), _log_softmax(mine)
     return _floats(-(np.exp(want) * (want - mine)).sum(axis=1))
 
 
@@ -186,14 +195,16 @@ def psnr(outputs: Array, labels: Array | None, reference: Array) -> Array:
     return _floats(np.minimum(10 * np.log10(peak**2 / np.maximum(error, 1e-30)), 100.0))
 
 
-def f1(outputs: Array, labels: Array | None, _: Array | None = None) -> Array:
-    """F1 by sample of many-label answers: values > 0.5 (or logits > 0) against 0/1 labels [N, C].
+def f1(outputs: Array, labels: Array | None, reference: Array | None = None) -> Array:
+    """F1 by sample of many-label answers against 0/1 labels [N, C]; nothing said or wanted: 1.
 
-    The mean over samples is the "samples" average; with one column it is the share that is right.
+    A column is said where its value is over 0.5, or over 0 where the float model's are logits (some
+    are not in 0..1). The mean over samples is the "samples" average, not the "micro" nor the
+    "macro" one; with one column it is the share that is right.
     """
     assert labels is not None
-    said = _rows(outputs)
-    said = said > (0.5 if said.min() >= 0 and said.max() <= 1 else 0.0)
+    scale = outputs if reference is None else reference
+    said = _rows(outputs) > (0.5 if scale.min() >= 0 and scale.max() <= 1 else 0.0)
     want = _rows(labels) > 0.5
     if want.shape[1] == 1:
         return _floats((said[:, :1] == want).all(axis=1))
@@ -203,7 +214,11 @@ def f1(outputs: Array, labels: Array | None, _: Array | None = None) -> Array:
 
 
 def average_precision(outputs: Array, labels: Array | None, _: Array | None = None) -> Array:
-    """Average precision by sample: how high the true columns of 0/1 labels [N, C] are ranked."""
+    """Average precision by sample: how high the true columns of 0/1 labels [N, C] are ranked.
+
+    It is that of many-label classification and of search; boxes of a detector are not matched (a
+    callable may). Of equal values the first column counts as higher; without a true one: 1.
+    """
     assert labels is not None
     values, want = _rows(outputs), _rows(labels) > 0.5
     order = np.argsort(-values, axis=1, kind="stable")

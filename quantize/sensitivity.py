@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_runtime.backends import backend
 from edge_runtime.errors import EdgeError
-from quantize import datasets, judging, models, noise, probes
+from quantize import datasets, judging, looking, models, noise, probes
 from quantize.models import ModelFile
 from quantize.passes import ONNX, Bench, Say
 from quantize.passes.graph import Clean
@@ -58,7 +58,8 @@ class Sensitivity(msgspec.Struct, frozen=True):
     Attributes:
         loss_all: of the metric when everything is quantized. exclude: the fewest of the most
             sensitive nodes that must stay float for the loss to keep `drop_max`; loss_excluded: the
-            loss then. Without need it is empty; if nothing helps it holds all layers.
+            loss then. Without need it is empty; if nothing helps it holds all layers. notes: of the
+            data and of how they were judged.
     """
 
     layers: tuple[Layer, ...]
@@ -68,6 +69,7 @@ class Sensitivity(msgspec.Struct, frozen=True):
     drop_max: float
     exclude: tuple[str, ...]
     loss_excluded: float
+    notes: tuple[str, ...] = ()
 
 
 class Probe:
@@ -229,10 +231,13 @@ def of_model(question: Question, say: Say) -> Sensitivity:
     own = datasets.load(told, given.inputs, told.calibration) if told.calibration else None
     count = question.samples or SAMPLES_DEFAULT
     split = datasets.split(whole, own, Calibration().samples, 0, count, 0)
-    for line in (*split.notes, *(f"{one.fault}: {one.text}" for one in split.findings)):
-        say(line)
     judged = judging.judged(
-        Evaluation(), given.outputs, split.evaluation.labels, None, split.evaluation.where
+        Evaluation(),
+        given.outputs,
+        split.evaluation.labels,
+        None,
+        split.evaluation.where,
+        looking.looks(given, split.evaluation),
     )
     metric, samples = judged.metric, split.evaluation.labelled(judged.labels)
     with tempfile.TemporaryDirectory() as temporary:
@@ -244,7 +249,10 @@ def of_model(question: Question, say: Say) -> Sensitivity:
         parts = probes.parts(source, bench, question.method, folder)
         probe = Probe(source, parts, samples, metric, judged.output, folder)
         drop_max = metric.drop_max if question.drop_max is None else question.drop_max
-        return measure(probe, judged.name, drop_max, say)
+        found = measure(probe, judged.name, drop_max, say)
+    faults = [f"{one.fault}: {one.text}" for one in split.findings]
+    notes = (*faults, *split.notes, *([judged.note] if judged.note else []))
+    return msgspec.structs.replace(found, notes=notes)
 
 
 def cleaned(given: ModelFile, bench: Bench, folder: Path) -> ModelFile:

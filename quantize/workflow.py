@@ -21,6 +21,7 @@ from quantize import (
     evaluating,
     foreign,
     judging,
+    looking,
     models,
     observing,
     onnxruntime_door,
@@ -90,6 +91,7 @@ def prepare(given: Recipe) -> Prepared:
         split.evaluation.labels,
         _function(ready),
         split.evaluation.where,
+        looking.looks(source, split.evaluation),
     )
     notes = (*whole.notes, *split.notes, *([judged.note] if judged.note else []))
     split = split._replace(evaluation=split.evaluation.labelled(judged.labels), notes=notes)

@@ -192,7 +192,7 @@ class LiteRtModel:
         that of the bindings as it is. So a golden gives the same answer at any time.
         """
         checks.check_inputs(self.inputs, inputs)
-        given = [np.ascontiguousarray(inputs[spec.name]) for spec in self.inputs]
+        given = [np.asarray(inputs[spec.name], order="C") for spec in self.inputs]
         wanted: dict[str, Array | None] = dict.fromkeys(spec.name for spec in self.outputs)
         if self.keeps_state:
             return self._make().run(given, wanted)

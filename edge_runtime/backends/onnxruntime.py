@@ -176,7 +176,7 @@ class OnnxModel:
         """See protocol.Model.run."""
         checks.check_inputs(self.inputs, inputs)
         if self._has_bfloat16 and not self._has_text:  # run() takes no bfloat16, a binding does
-            whole = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+            whole = {name: np.asarray(array, order="C") for name, array in inputs.items()}
             return self._bind_memory(whole, dict.fromkeys(self._output_names))()
         return self._run(inputs, self._output_names)
 

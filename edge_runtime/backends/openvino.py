@@ -130,7 +130,7 @@ class OpenVinoModel:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See protocol.Model.run."""
         checks.check_inputs(self.inputs, inputs)
-        whole = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        whole = {name: np.asarray(array, order="C") for name, array in inputs.items()}
         try:
             request = self._idle.pop()
         except IndexError:  # another thread has it

@@ -541,7 +541,8 @@ def _rows(path: Path, spec: TensorSpec, array: Array, count: int) -> list[Array]
                 where=str(path),
                 expected=f"{spec.datatype} {list(spec.shape)} each",
             )
-    return [np.ascontiguousarray(row) for row in rows]
+    # Not ascontiguousarray: it gives an axis to what has none.
+    return [np.asarray(row, order="C") for row in rows]
 
 
 def _record(

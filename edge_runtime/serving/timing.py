@@ -98,7 +98,7 @@ def _feed(job: Job) -> dict[str, Any]:
 
     if job.goldens:
         recorded = goldens.inputs_of(job.goldens[0])
-        return {name: np.ascontiguousarray(array) for name, array in recorded.items()}
+        return {name: np.asarray(array, order="C") for name, array in recorded.items()}
     return {one.name: _zeros(one) for one in job.inputs}
 
 

@@ -28,6 +28,9 @@ def add_parser(subparsers: Any) -> None:
     compare.add_argument("second", metavar="B", type=Path)
     compare.add_argument("--data", default="", help="for models: as in `auto`")
     compare.add_argument("--samples", type=args.count, default=0, metavar="N", help="judge so many")
+    compare.add_argument(
+        "--metric", default="auto", help="how right an answer is (default: what fits the labels)"
+    )
     compare.add_argument("--threads", type=args.count, default=1, metavar="N")
     compare.add_argument("--confidence", type=args.share, default=0.95, metavar="SHARE")
     compare.add_argument("--json", action="store_true", help="print as JSON")
@@ -99,7 +102,7 @@ def _models(arguments: argparse.Namespace) -> int:
         found = comparing.model_files(
             (arguments.first, arguments.second),
             Data(arguments.data),
-            Evaluation(samples=arguments.samples),
+            Evaluation(_metric(arguments.metric), samples=arguments.samples),
             arguments.confidence,
             arguments.threads,
             progress.update,
@@ -111,7 +114,19 @@ def _models(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _metric(name: str) -> Any:
+    """Raises: UsageError for none that can be named here."""
+    from quantize import recipe
+
+    known = [one for one in recipe.METRICS if one not in ("callable", "wer")]
+    if name not in known:
+        raise UsageError(f"{name!r} is no metric", where="--metric", expected=", ".join(known))
+    return name
+
+
 def _text(found: Compared) -> str:
+    from quantize import results
+
     sides = [found.first, found.second]
     rows = [
         (
@@ -127,12 +142,14 @@ def _text(found: Compared) -> str:
     meaning = "is no proven difference" if loss.low <= 0 <= loss.high else "is a real difference"
     return "\n".join(
         [
-            f"{found.metric} on {found.samples} samples, {found.confidence:.0%} confidence",
+            f"{found.metric} on {results.many(found.samples, found.groups)},"
+            f" {found.confidence:.0%} confidence",
             output.table(("model", "backend", f">{found.metric}", ">p50", ">size"), rows),
             f"the second loses {loss.drop:+.4f} ({loss.low:+.4f}..{loss.high:+.4f}): worse on"
             f" {loss.worse} samples, better on {loss.better}, p = {loss.p_value:.2g};"
             f" that {meaning}",
             f"the second is {found.speedup:.2f} times as fast, and its file"
             f" {found.first.size_bytes / found.second.size_bytes:.2f} times smaller",
+            *map(output.printable, found.notes),
         ]
     )

@@ -58,6 +58,7 @@ def _decibels(value: float) -> str:
 
 
 def _verdict(found: Sensitivity) -> Iterator[str]:
+    yield from map(output.printable, found.notes)
     yield (
         "Signal to noise, less is worse: of the model's answer and (alone) of the layer's output"
         " when only this layer is"

@@ -92,7 +92,7 @@ def _sections(outcome: Outcome) -> Iterator[str]:
 
 def _conditions(outcome: Outcome) -> str:
     return (
-        f"{outcome.metric} on {outcome.samples} samples; a loss of up to {outcome.drop_max:g} is"
+        f"{outcome.metric} on {outcome.judged_by}; a loss of up to {outcome.drop_max:g} is"
         f" allowed at {outcome.confidence:.0%} confidence; measured on"
         f" {outcome.machine.get('processor') or outcome.machine.get('machine', 'this machine')}"
     )

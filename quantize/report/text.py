@@ -22,7 +22,7 @@ def text(outcome: Outcome, width: int | None = None) -> str:
 def _head(outcome: Outcome) -> str:
     machine = outcome.machine
     return (
-        f"{outcome.name}: {outcome.metric} on {outcome.samples} samples; a loss of up to"
+        f"{outcome.name}: {outcome.metric} on {outcome.judged_by}; a loss of up to"
         f" {outcome.drop_max:g} is allowed, at {outcome.confidence:.0%} confidence\n"
         f"measured on {machine.get('processor') or machine.get('machine')},"
         f" {machine.get('cores')} cores, in {outcome.seconds:.0f} s"
