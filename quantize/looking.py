@@ -13,14 +13,13 @@ import numpy as np
 
 from edge_runtime.backends import backend
 from edge_runtime.errors import EdgeError
-from quantize import automatic, datasets, onnx_door
+from quantize import automatic, datasets, models, onnx_door
 from quantize.datasets import Dataset
 from quantize.meaning import Look
 from quantize.models import ModelFile
-from quantize.passes import ONNX, OPENVINO, TFLITE
+from quantize.passes import ONNX
 
 RUNS = 8  # answers of the same length to eight samples are no chance
-BACKENDS = {ONNX: "onnxruntime", TFLITE: "litert", OPENVINO: "openvino"}
 
 
 def looks(source: ModelFile, data: Dataset) -> Callable[[str], Look]:
@@ -35,7 +34,7 @@ def looks(source: ModelFile, data: Dataset) -> Callable[[str], Look]:
 
 def _answers(source: ModelFile, data: Dataset, output: str) -> np.ndarray | None:
     """[samples, ...] of the first samples; None where it does not run, or not alike for all."""
-    name = BACKENDS[source.format]
+    name = models.BACKENDS[source.format]
     if not automatic.is_here(name):
         return None
     first = {key: np.asarray(array[:RUNS]) for key, array in data.inputs.items()}
