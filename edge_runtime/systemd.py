@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping, MutableMapping
-from pathlib import Path
 
 from edge_runtime.errors import UsageError
 
@@ -125,8 +124,3 @@ def _number(environ: Mapping[str, str], key: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise UsageError(f"{text!r} is not a number", where=key, expected="digits, set by systemd")
     return int(text)
-
-
-def is_booted(root: Path = Path("/")) -> bool:
-    """Whether systemd is the init of this machine (sd_booted(3))."""
-    return (root / "run/systemd/system").is_dir()

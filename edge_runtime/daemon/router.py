@@ -520,16 +520,13 @@ class Router:
         visitor.sock.close()
 
 
-def _metadata(directory: Directory) -> dict[str, Any]:
-    return {
-        "name": "edge-runtime",
-        "version": __version__,
-        "extensions": EXTENSIONS,
-        "models": directory.models(),
-    }
+def _metadata(directory: Directory) -> messages.ServerMetadata:
+    return messages.ServerMetadata(
+        "edge-runtime", __version__, EXTENSIONS, tuple(directory.models())
+    )
 
 
-SERVER_ANSWERS: Mapping[Kind, Callable[[Directory], dict[str, Any]]] = {
+SERVER_ANSWERS: Mapping[Kind, Callable[[Directory], Any]] = {
     Kind.SERVER_METADATA: _metadata,
     Kind.SERVER_LIVE: lambda _: {"live": True},
     Kind.SERVER_READY: lambda directory: {"ready": directory.ready()},

@@ -26,7 +26,7 @@ DATA = 64
 ALIGNMENT = 32
 SECTIONS = 4
 JOIN_BYTES_MAX = 8192  # small records are put together first: one copy more, many steps fewer
-_RECORD = struct.Struct("<QQ4I")  # whole length, a number, lengths of the sections
+_RECORD = struct.Struct(f"<QQ{SECTIONS}I")  # whole length, a number, lengths of the sections
 Buffer = bytes | memoryview
 
 

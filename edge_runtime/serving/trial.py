@@ -42,8 +42,6 @@ TEXT = CANDIDATE_RUN + metrics.WORDS  # the newest error, UTF-8, zero at its end
 TEXT_BYTES_MAX = 240
 assert TEXT * 8 + TEXT_BYTES_MAX < page.PAGE_SIZE
 
-Words = Sequence[int]
-
 # Metric, its last label, the page (0: the serving worker's, 1: the candidate's), the word.
 _COUNTERS: tuple[tuple[str, tuple[str, ...], int, int], ...] = (
     ("edge_trial_shown_total", (), 0, SHOWN),

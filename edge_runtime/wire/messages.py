@@ -17,7 +17,6 @@ from edge_runtime import tensors
 from edge_runtime.errors import EdgeError, RequestError, from_document
 from edge_runtime.wire.frames import (
     HEADER_SIZE_MAX,
-    RESPONSE,
     Kind,
     encode_prefix,
     pad_header,
@@ -302,11 +301,6 @@ def encode_error(error: EdgeError, request_id: int = 0, time_ns: int = 0) -> byt
             document[key] = document[key][:2000] + "..."
     header = encode_header(document)
     return encode_frame(Kind.ERROR, header, request_id=request_id, time_ns=time_ns)
-
-
-def response_kind(kind: int) -> int:
-    """The kind that answers a request of `kind`."""
-    return kind | RESPONSE
 
 
 def _decode(decoder: msgspec.json.Decoder[T], data: Buffer) -> T:

@@ -21,7 +21,6 @@ from edge_runtime.errors import (
     ConnectionClosedError,
     DeadlineError,
     EdgeError,
-    MalformedError,
     NotFoundError,
     PermissionDeniedError,
     StorageError,
@@ -36,7 +35,6 @@ BACKLOG = 128  # connections waiting for accept: a gateway's whole pool that rec
 _SO_PEERGROUPS = 59  # <asm-generic/socket.h>; not in Python's socket
 _UCRED = struct.Struct("iII")
 _TIMEVAL = struct.Struct("ll")
-_FD_SIZE = array.array("i").itemsize
 
 
 class PeerCredentials(NamedTuple):
@@ -202,32 +200,6 @@ def send_all_with_fds(
         view = view[send_with_fds(sock, view, fds) :]
     if view:
         sock.sendall(view)
-
-
-def recv_with_fds(
-    sock: socket.socket, buffer: memoryview, fds_max: int = FDS_MAX
-) -> tuple[int, list[int]]:
-    """Receive bytes into `buffer` and any descriptors that came with them (the caller closes).
-
-    The kernel ends a read after bytes that carry descriptors, so descriptors of two messages never
-    come together; bytes of earlier messages may come before them. OSError is the caller's.
-
-    Raises:
-        MalformedError: more descriptors than `fds_max` (all are closed).
-    """
-    size, ancillary, flags, _ = sock.recvmsg_into(
-        [buffer], socket.CMSG_SPACE(fds_max * _FD_SIZE), socket.MSG_CMSG_CLOEXEC
-    )
-    if not ancillary and not flags & socket.MSG_CTRUNC:  # almost always
-        return size, []
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) // _FD_SIZE * _FD_SIZE])
-    if flags & socket.MSG_CTRUNC or len(fds) > fds_max:
-        close_fds(fds)
-        raise MalformedError("too many file descriptors", expected=f"<= {fds_max}")
-    return size, list(fds)
 
 
 def close_fds(fds: Sequence[int]) -> None:

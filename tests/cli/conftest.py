@@ -25,6 +25,7 @@ from edge_runtime.cli import main
 from edge_runtime.errors import EdgeError, NotFoundError
 from edge_runtime.wire import frames, messages, sockets
 from edge_runtime.wire.reader import Frame, FrameReader
+from tests.wire.receiving import received
 
 Arrays = dict[str, Any]
 
@@ -98,7 +99,7 @@ class FakeDaemon:
                     except OSError:
                         return
                 try:
-                    size, new = sockets.recv_with_fds(connection, reader.get_buffer())
+                    size, new = received(connection, reader.get_buffer())
                 except OSError:
                     return
                 if not size:
@@ -126,7 +127,7 @@ class FakeDaemon:
         if isinstance(reply.document, EdgeError):
             out.append(messages.encode_error(reply.document, request_id))
         else:
-            kind = messages.response_kind(frames.Kind.CONTROL)
+            kind = frames.Kind.CONTROL | frames.RESPONSE
             out.append(messages.encode_document(kind, reply.document, request_id=request_id))
         return b"".join(out)
 
@@ -141,9 +142,7 @@ class FakeDaemon:
             document = {"name": name, "ready": model.ready}
         if kind == frames.Kind.INFER:
             return _run(model, frame)
-        return messages.encode_document(
-            messages.response_kind(kind), document, request_id=request_id
-        )
+        return messages.encode_document(kind | frames.RESPONSE, document, request_id=request_id)
 
 
 def _run(model: Model, frame: Frame) -> bytes:
@@ -169,7 +168,7 @@ def _run(model: Model, frame: Frame) -> bytes:
     )
     response = messages.InferResponse(request.model_name, "7", headers)
     return messages.encode_frame(
-        messages.response_kind(frames.Kind.INFER),
+        frames.Kind.INFER | frames.RESPONSE,
         messages.encode_header(response),
         b"".join(bodies),
         request_id=frame.prefix.request_id,

@@ -33,6 +33,7 @@ from edge_runtime.wire import messages, regions, sockets
 from edge_runtime.wire.frames import RESPONSE, Kind
 from edge_runtime.wire.messages import InferResponse, TensorHeader, TensorParameters
 from edge_runtime.wire.reader import Frame, FrameReader, TooLarge
+from tests.wire.receiving import received
 
 METADATA = {
     "affine": {
@@ -190,7 +191,7 @@ class Peer:
             sockets.close_fds(self.fds)
 
     def _receive(self) -> bool:
-        size, fds = sockets.recv_with_fds(self.socket, self.reader.get_buffer())
+        size, fds = received(self.socket, self.reader.get_buffer())
         self.fds += fds
         self.reader.advance(size)
         return bool(size)

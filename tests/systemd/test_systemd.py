@@ -136,9 +136,3 @@ def test_passed_sockets_come_by_name_private_and_once() -> None:
 )
 def test_a_wrong_socket_is_refused_by_name(kinds: str, names: str, complaint: str) -> None:
     assert complaint in activated(kinds, names).stderr
-
-
-def test_booted_is_where_systemd_runs(tmp_path: Path) -> None:
-    assert not systemd.is_booted(tmp_path)
-    (tmp_path / "run/systemd/system").mkdir(parents=True)
-    assert systemd.is_booted(tmp_path)
