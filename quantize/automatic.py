@@ -6,7 +6,6 @@ profile's backends, which libraries are here) and returns a recipe like one that
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import tempfile
 from collections.abc import Sequence
@@ -15,8 +14,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from device_profiles import loading
-from device_profiles.schema import ProfileError
 from edge_runtime.bundle import openvino_ir
 from edge_runtime.bundle import source as contents
 from edge_runtime.errors import ModelError, NotFoundError, UsageError
@@ -28,6 +25,7 @@ from quantize import (
     onnx_door,
     origins,
     proposing,
+    targets,
     tflite_ops,
 )
 from quantize.models import ModelFile
@@ -35,12 +33,6 @@ from quantize.passes import FLOAT, ONNX, OPENVINO, TFLITE, Say
 from quantize.proposing import Groups
 from quantize.recipe import Budgets, Data, Evaluation, Pack, Recipe, Search, Variant
 
-# The module that a backend needs here, on the builder's machine, to be measured at all.
-MODULES = {
-    "onnxruntime": ("onnxruntime",),
-    "openvino": ("openvino",),
-    "litert": ("ai_edge_litert", "tflite_runtime"),
-}
 _CHANNELS = (1, 3)  # of an image
 
 
@@ -81,16 +73,21 @@ def recipe(wish: Wish, folder: Path | None = None, say: Say = lambda what: None)
             where=str(wish.model),
             expected="the float model it was made of: what rounding lost does not come back",
         )
-    backends = [one for one in target_backends(wish.target) if is_here(one)]
+    backends = [one for one in targets.backends(wish.target) if targets.is_here(one)]
     groups = _groups(source, backends)
     proposal = proposing.propose(
-        source, operators(source), backends, _can_import, groups, causes.processor_features()
+        source,
+        operators(source),
+        backends,
+        targets.can_import,
+        groups,
+        causes.processor_features(),
     )
     if not proposal.variants:
         raise UsageError(
             f"nothing to try for {wish.target}: none of its backends is installed and reads"
             f" {source.format}",
-            expected="one of " + ", ".join(target_backends(wish.target)),
+            expected="one of " + ", ".join(targets.backends(wish.target)),
             remedy="pip install 'edge-runtime[quantize]'",
         )
     return Recipe(
@@ -120,40 +117,15 @@ def _source(wish: Wish, folder: Path, say: Say) -> tuple[ModelFile, list[str]]:
         return models.read(wish.model), []
     data = Data(_absolute(wish.data))
     given, notes = Recipe("source", _absolute(source), data), []
-    if "litert" in target_backends(wish.target) and not origins.tflite_is_possible():
+    if "litert" in targets.backends(wish.target) and not origins.tflite_is_possible():
         notes.append(_not_tried("litert_torch"))
-    elif "litert" in target_backends(wish.target):
+    elif "litert" in targets.backends(wish.target):
         both = msgspec.structs.replace(given, variants=(Variant("fp32", "litert"),))
         try:
             return origins.read(origins.exported(both, folder, say)), []
         except ModelError as error:
             notes.append(f"not tried: .tflite for litert: {error.message}")
     return origins.read(origins.exported(given, folder, say)), notes
-
-
-def target_backends(target: str) -> list[str]:
-    """The CPU backends of a profile, in its order.
-
-    Raises:
-        UsageError: no such profile.
-    """
-    try:
-        profile = loading.load(target).profile
-    except ProfileError as e:
-        raise UsageError(
-            e.message, where=e.where or "--target", expected=e.expected, remedy=e.remedy
-        ) from e
-    cpu = [one.backend for one in profile.backends if one.device_class == "cpu"]
-    return list(dict.fromkeys(cpu))
-
-
-def is_here(backend: str) -> bool:
-    """Whether the backend's library is installed on this machine."""
-    return any(map(_can_import, MODULES.get(backend, ())))
-
-
-def _can_import(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def operators(source: ModelFile) -> set[str]:

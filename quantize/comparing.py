@@ -17,7 +17,6 @@ import numpy as np
 
 from edge_runtime.errors import ModelError, UsageError
 from quantize import datasets, evaluating, judging, latency, looking, models, scores, served
-from quantize.automatic import is_here
 from quantize.datasets import Dataset
 from quantize.latency import Timed
 from quantize.models import ModelFile
@@ -25,6 +24,7 @@ from quantize.recipe import Data, Evaluation
 from quantize.results import Evaluated, Outcome
 from quantize.scores import Difference, Interval
 from quantize.served import Candidate, Served
+from quantize.targets import is_here
 
 Array = np.ndarray[Any, Any]
 

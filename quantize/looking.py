@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_runtime.backends import backend
 from edge_runtime.errors import EdgeError
-from quantize import automatic, datasets, models, onnx_door
+from quantize import datasets, models, onnx_door, targets
 from quantize.datasets import Dataset
 from quantize.meaning import Look
 from quantize.models import ModelFile
@@ -35,7 +35,7 @@ def looks(source: ModelFile, data: Dataset) -> Callable[[str], Look]:
 def _answers(source: ModelFile, data: Dataset, output: str) -> np.ndarray | None:
     """[samples, ...] of the first samples; None where it does not run, or not alike for all."""
     name = models.BACKENDS[source.format]
-    if not automatic.is_here(name):
+    if not targets.is_here(name):
         return None
     first = {key: np.asarray(array[:RUNS]) for key, array in data.inputs.items()}
     try:

@@ -8,7 +8,6 @@ begins, so whoever comes back there goes on. The same seed tries the same in the
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,7 @@ from quantize import (
     results,
     scratch,
     sensitivity,
+    targets,
     tflite_ops,
     trainings,
     trials,
@@ -237,7 +237,7 @@ def _rounds(run: _Run) -> Iterator[list[Idea]]:
     """What to try, round by round; each is decided when those before it are finished."""
     backends = _backends(run.recipe, run.ready)
     facts = _facts(run)
-    shots = moves.single_shots(facts, backends, _can_import)
+    shots = moves.single_shots(facts, backends, targets.can_import)
     if not shots:
         raise UsageError(
             f"nothing to search: no quantizer for {facts.format}"
@@ -268,19 +268,15 @@ def _backends(recipe: Recipe, ready: Prepared) -> list[str]:
     named = list(recipe.search.backends)
     if not named:
         named = [one.backend for one in ready.recipe.variants]
-        named += [one for target in recipe.targets for one in automatic.target_backends(target)]
-    unknown = [one for one in recipe.search.backends if not automatic.is_here(one)]
+        named += [one for target in recipe.targets for one in targets.backends(target)]
+    unknown = [one for one in recipe.search.backends if not targets.is_here(one)]
     if unknown:
         raise UsageError(
             f"{', '.join(unknown)} cannot be measured here: not installed",
             where="search.backends",
-            expected="some of " + ", ".join(automatic.MODULES),
+            expected="some of " + ", ".join(targets.MODULES),
         )
-    return [one for one in dict.fromkeys(named) if automatic.is_here(one)]
-
-
-def _can_import(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    return [one for one in dict.fromkeys(named) if targets.is_here(one)]
 
 
 # --- what is known of the model -------------------------------------------------------------------

@@ -28,6 +28,7 @@ from quantize import (
     origins,
     packing,
     scratch,
+    targets,
     verdict,
 )
 from quantize.building import Built, Chain
@@ -68,6 +69,7 @@ def prepare(given: Recipe) -> Prepared:
     Raises:
         EdgeError: what is wrong with recipe, model or data.
     """
+    elsewhere = targets.notes(given.targets)
     source = origins.read(given)
     ready = msgspec.structs.replace(given, variants=with_reference(given.variants, source))
     chains = tuple(building.chains(ready.variants, source))
@@ -93,7 +95,8 @@ def prepare(given: Recipe) -> Prepared:
         split.evaluation.where,
         looking.looks(source, split.evaluation),
     )
-    notes = (*whole.notes, *split.notes, *([judged.note] if judged.note else []))
+    said = [judged.note] if judged.note else []
+    notes = (*whole.notes, *split.notes, *said, *elsewhere)
     split = split._replace(evaluation=split.evaluation.labelled(judged.labels), notes=notes)
     judge = Judge(ready, source, split.evaluation, judged.metric, judged.output)
     return Prepared(ready, source, split, chains, judge, judged.name)

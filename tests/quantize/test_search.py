@@ -13,7 +13,7 @@ import pytest
 
 from edge_runtime.backends import backend
 from edge_runtime.bundle import archive
-from quantize import cli, executors, kernels, moves, search
+from quantize import cli, executors, kernels, moves, search, targets
 from quantize.moves import Facts
 from quantize.recipe import Calibration, Data, Recipe, Search, Variant
 from quantize.search import Searched
@@ -39,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_more_libraries() -> Iterator[None]:
     """The same single settings whatever is installed beside onnxruntime."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_can_import", lambda module: False)
+        patch.setattr(targets, "can_import", lambda module: module == "onnxruntime")
         yield
 
 
