@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from quantize import onnx_door
+from quantize import litert_door, onnx_door
 from quantize.results import Evaluated
+from quantize.tflite_ops import Graph
 
 # What makes 8-bit dot products fast. Without any of them int8 is emulated with more instructions.
 DOT_PRODUCTS = frozenset(
@@ -37,6 +38,8 @@ def notes(one: Evaluated, path: Path) -> tuple[str, ...]:
         kinds = Counter(node.op_type for node in graph.node)
         for cause in _CAUSES:
             said += cause(one, graph, kinds)
+    if path.suffix == ".tflite" and one.steps:
+        said += _of_tflite(litert_door.graph(path))
     return tuple(said)
 
 
@@ -63,6 +66,16 @@ def _untold() -> str:
     if processor_features() & BFLOAT16:
         return "bf16 on this processor"
     return "bf16 on processors with units for it (AVX512_BF16, AMX)"
+
+
+def _of_tflite(graph: Graph) -> Iterator[str]:
+    wide = [one for one in graph.operators if any(t.datatype == "int16" for t in one.inputs)]
+    wide = [one for one in wide if one.weights is not None]
+    if wide:
+        yield (
+            f"slower: {len(wide)} operators have 16-bit activations, for which LiteRT has no fast"
+            f" kernel on CPUs ({', '.join(one.name for one in wide[:3])})"
+        )
 
 
 # --- causes ---------------------------------------------------------------------------------------

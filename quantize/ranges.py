@@ -94,7 +94,8 @@ def percentile(found: dict[str, Histogram], percent: float) -> dict[str, tuple[f
 
 def mse(found: dict[str, Histogram], bits: int) -> dict[str, tuple[float, float]]:
     """Per tensor the range with the least squared error at so many bits."""
-    return {name: least_error(one, bits) for name, one in found.items()}
+    best = {name: least_error(one, bits) for name, one in found.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in best.items()}
 
 
 def least_error(histogram: Histogram, bits: int) -> tuple[float, float]:

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from html import escape
 
 from edge_runtime.cli import output
-from quantize.report import svg
+from quantize.report import names, svg
 from quantize.results import Activation, Evaluated, Layer, Outcome
 
 HEIGHT = 300.0  # of the Pareto chart, in pixels
 ROW = 20.0
+ROW_NAME = 27  # characters of a name that fit beside a row
 LABEL_GAP = 15.0  # pixels between two labels
 LABEL_WIDTH = 0.3  # of the width, at most, on a telephone
 LEFT_FROM = 0.6  # of the width: further right a label stands left of its point
@@ -254,7 +255,8 @@ def worst_clipping(one: Activation) -> tuple[str, float]:
 def _row(name: str, drawing: str, value: str) -> str:
     said = escape(name, quote=True)
     return (
-        f'<div class="name" title="{said}">{said}</div><div>{drawing}</div>'
+        f'<div class="name" title="{said}">{escape(names.short(name, ROW_NAME))}</div>'
+        f"<div>{drawing}</div>"
         f'<div class="value">{escape(value)}</div>'
     )
 
@@ -299,7 +301,7 @@ def _histogram(one: Activation, height: float = 84.0) -> str:
     parts.append(svg.words(1, height + 14, f"{one.high:.3g}", anchor="end"))
     name = escape(one.name, quote=True)
     return (
-        f'<div><div class="name" title="{name}">{name}</div>'
+        f'<div><div class="name" title="{name}">{escape(names.short(one.name))}</div>'
         f"{svg.drawing(height + 18, parts, one.name)}"
         f'<p class="why">{escape(said)}</p></div>'
     )

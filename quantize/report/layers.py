@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 from edge_runtime.cli import output
 from quantize.noise import SQNR_DB_MAX
+from quantize.report import names
 from quantize.sensitivity import Layer, Sensitivity
 
 HEADERS = ("layer", "operator", ">answer", ">loss", ">alone", ">in all", ">work", "noise")
 BAR_WIDTH = 20
-NAME_WIDTH = 44
 _PLAIN = re.compile(r"[\w/.;-]+")  # needs no quotes in a recipe
 
 
@@ -29,7 +29,7 @@ def text(found: Sensitivity, width: int | None = None) -> str:
 
 def _row(one: Layer, loudest: float, quietest: float) -> tuple[str, ...]:
     return (
-        _short(one.name),
+        names.short(one.name),
         one.operator,
         _decibels(one.sqnr_db),
         f"{one.loss:+.4f}",
@@ -38,11 +38,6 @@ def _row(one: Layer, loudest: float, quietest: float) -> tuple[str, ...]:
         f"{one.macs_share:.1%}",
         bar(one.sqnr_db, loudest, quietest),
     )
-
-
-def _short(name: str) -> str:
-    """Names in .tflite files are paths, several of them after a fusion; the end tells most."""
-    return name if len(name) <= NAME_WIDTH else "…" + name[1 - NAME_WIDTH :]
 
 
 def bar(sqnr_db: float, loudest: float, quietest: float) -> str:

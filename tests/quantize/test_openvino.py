@@ -159,7 +159,7 @@ def test_float16_halves_ir_and_answers_alike(ir: Path, data: Path, tmp_path: Pat
 def test_bfloat16_is_proposed_only_where_the_processor_has_units_for_it() -> None:
     def names(*features: str) -> set[str]:
         found = proposing.propose(
-            models.read(CNN), set(), ["openvino"], lambda name: False, (), features
+            models.read(CNN), set(), ["openvino"], lambda name: False, features=features
         )
         return {one.name for one in found.variants}
 

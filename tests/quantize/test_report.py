@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from quantize import cli, comparing
-from quantize.report import charts, page, saved, svg, text
+from quantize.report import charts, names, page, saved, svg, text
 from quantize.results import Outcome
 from tests.quantize.outcomes import outcome, variant
 
@@ -189,3 +189,8 @@ def test_a_browser_draws_the_page_within_its_width(tmp_path: Path, width: int, d
     done = subprocess.run(words, capture_output=True, timeout=60, check=True, text=True)
     too_wide = int(done.stdout.partition("<title>")[2].partition("<")[0])
     assert too_wide <= 0
+
+
+def test_a_path_is_shown_by_its_end_and_other_names_whole() -> None:
+    assert names.short("a/" + "b" * 60) == "…" + "b" * (names.WIDTH - 1)
+    assert names.short("x" * 60) == "x" * 60 and names.short("a/b;c") == "a/b;c"

@@ -19,6 +19,7 @@ from edge_runtime.backends import backend
 from edge_runtime.errors import EdgeError, ModelError, UsageError
 from quantize import (
     building,
+    causes,
     checks,
     cli,
     litert_door,
@@ -275,6 +276,8 @@ def test_one_operator_can_have_activations_of_sixteen_bits(clothes: Bench, tmp_p
     graph = made(TfliteInt8(sixteen_bits=(LAST,)), clothes, tmp_path / "m.tflite")
     last = [one for one in graph.operators if one.kind == "FULLY_CONNECTED"][-1]
     assert [one.datatype for one in (last.inputs[0], last.outputs[0])] == ["int16", "int16"]
+    (said,) = causes._of_tflite(graph)
+    assert said.startswith("slower: 1 operators") and LAST in said
     assert tflite_ops.work(graph, 4) > tflite_ops.work(
         made(TfliteInt8(), clothes, tmp_path / "8.tflite"), 4
     )
@@ -296,7 +299,8 @@ def test_each_method_gives_ranges_within_what_was_seen(
     method: str, clothes: Bench, tmp_path: Path
 ) -> None:
     how = msgspec.convert({"method": method, "percentile": 99.0}, TfliteInt8)
-    low, high = tflite_ops.ranges(made(how, clothes, tmp_path / "m.tflite"))[LAST]
+    told = clothes._replace(cache=tmp_path)
+    low, high = tflite_ops.ranges(made(how, told, tmp_path / "m.tflite"))[LAST]
     seen = ranges.extremes(litert_door.activations(MODEL, clothes.calibration, clothes, {LAST}, 1))[
         LAST
     ]
