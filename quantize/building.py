@@ -101,7 +101,7 @@ def keys(chain: Chain, source: ModelFile, calibration: Dataset, seed: int) -> li
     """Of each pass's result the name in the scratch folder: chains that begin alike share them."""
     made_of: list[Any] = [
         edge_runtime.__version__,
-        scratch.file_sha256(source.path),
+        scratch.file_sha256(source.on(chain.variant.backend).path),
         datasets.fingerprint(calibration)["sha256"],
         seed,
     ]

@@ -30,7 +30,7 @@ from quantize import (
     torch_modules,
 )
 from quantize.models import ModelFile
-from quantize.passes import ONNX, TFLITE, TORCH, Say
+from quantize.passes import ONNX, TFLITE, TORCH, Bench, Say
 from quantize.recipe import Origin, Recipe
 from quantize.torch_modules import Module, Names
 
@@ -127,6 +127,7 @@ def export_job(order: dict[str, Any]) -> dict[str, Any]:
     """`export` for an executor: {"recipe": ...} or {"error": ...}, so that where and what to do are
     kept apart."""
     try:
+        torch_modules.in_one_thread()
         made = export(msgspec.convert(order["recipe"], Recipe), Path(order["folder"]))
     except EdgeError as error:
         return {"error": error.document()}
@@ -179,6 +180,29 @@ def _fitting(given: Recipe) -> tuple[recipe.Export, tuple[str, ...]]:
         )
     note = "it takes one sample at a time, as its .tflite does: variants must be interchangeable"
     return msgspec.structs.replace(how, batch="one"), (note,)
+
+
+def of_program(program: Path, samples: Path, like: Path, bench: Bench) -> Path:
+    """An exported program as a file of the format of `like`, with the inputs and outputs of
+    `bench`, compared with torch's own answers on the samples (.npz).
+
+    Raises:
+        ModelError: it cannot be exported, or answers otherwise.
+    """
+    assert bench.cache is not None
+    given = Recipe(
+        "program",
+        str(program),
+        recipe.Data(str(samples)),
+        export=recipe.Export(
+            tuple(spec.name for spec in bench.inputs),
+            tuple(spec.name for spec in bench.outputs),
+            "auto" if bench.batch_axis == 0 else "one",
+        ),
+        variants=(recipe.Variant("it", "litert"),) if like.suffix == ".tflite" else (),
+    )
+    made = exported(given, bench.cache, bench.say)
+    return Path(next(iter(made.also.values()), made.source))
 
 
 def wants_tflite(given: Recipe) -> bool:

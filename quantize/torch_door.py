@@ -60,21 +60,25 @@ def fine_tune(source: Path, out: Path, train: str, seed: int, say: Say) -> None:
         UsageError: torch or the function is missing, or the graph has an operator without a rule.
         ModelError: the function failed, returned another thing, or left weights not finite.
     """
-    torch, function = library(), foreign.function(train, "fine_tune.train")
     model = onnx_door.load(source)
     onnx_door.lift_constants(model)
-    module = module_of(model)
+    write_back(model, trained(module_of(model), train, seed, say, "fine_tune"))
+    onnx_door.save(model, out)
+
+
+def trained(module: Any, train: str, seed: int, say: Say, where: str) -> Any:
+    """What the user's function makes of a module. See fine_tune."""
+    torch, function = library(), foreign.function(train, f"{where}.train")
     torch.manual_seed(seed)
-    with _printed(say), _ours(train):
-        trained = function(module.train(), seed)
-    if trained is not None and not isinstance(trained, _graph_class()):
+    with _printed(say), _ours(train, where):
+        found = function(module.train(), seed)
+    if found is not None and not isinstance(found, type(module)):
         raise ModelError(
-            f"{train} returned a {type(trained).__name__}",
-            where="fine_tune",
+            f"{train} returned a {type(found).__name__}",
+            where=where,
             expected="None, or the module that it was given or a copy of it",
         )
-    write_back(model, module if trained is None else trained)
-    onnx_door.save(model, out)
+    return module if found is None else found
 
 
 def module_of(model: Any) -> Any:
@@ -158,7 +162,7 @@ def _unknown(node: Node) -> str:
 
 
 @contextlib.contextmanager
-def _ours(train: str) -> Iterator[None]:
+def _ours(train: str, where: str) -> Iterator[None]:
     """What the user's function raises becomes ours; our own errors (a rule's) stay."""
     try:
         yield
@@ -166,7 +170,7 @@ def _ours(train: str) -> Iterator[None]:
         raise
     except Exception as e:
         first = str(e).partition("\n")[0]
-        raise ModelError(f"{train} failed: {type(e).__name__}: {first}", where="fine_tune") from e
+        raise ModelError(f"{train} failed: {type(e).__name__}: {first}", where=where) from e
 
 
 @contextlib.contextmanager

@@ -71,6 +71,11 @@ def versions() -> dict[str, str]:
         ) from e
 
 
+def in_one_thread() -> None:
+    """An export computes little; threads that wait for one another take the cores from others."""
+    torch_door.library().set_num_threads(1)
+
+
 def load(source: str) -> Module:
     """The module that `module:function` returns, or that a .pt2 file holds.
 
@@ -161,6 +166,22 @@ def to_onnx(made: Module, given: Sequence[Array], called: Names, out: Path, free
     stripped = onnx_door.load(out)
     onnx_door.strip(stripped)
     onnx_door.save(stripped, out)
+
+
+def save_program(made: Module, given: Sequence[Array], out: Path, free: bool) -> None:
+    """Write the module as an exported program (.pt2), to be exported in another process.
+
+    Raises:
+        ModelError: torch cannot export it.
+    """
+    torch = torch_door.library()
+    traced = several(given) if free else None
+    arrays = [one[:1] for one in given] if traced is None else traced
+    tensors = tuple(torch.from_numpy(np.ascontiguousarray(one)) for one in arrays)
+    axes = tuple({0: torch.export.Dim(BATCH)} for _ in tensors) if traced else None
+    with _explained(made.source), foreign.quiet():
+        program = torch.export.export(made.module, tensors, dynamic_shapes=axes)
+        torch.export.save(program, str(out))
 
 
 def alone(given: Sequence[Array]) -> list[Array]:

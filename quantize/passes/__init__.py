@@ -42,6 +42,7 @@ FORMATS = frozenset({ONNX, TFLITE, OPENVINO})
 PASSES: dict[str, str] = {
     "clean": "quantize.passes.graph:Clean",
     "prune_channels": "quantize.passes.pruning:PruneChannels",
+    "torch_prune": "quantize.passes.torch:TorchPrune",
     "prune_weights": "quantize.passes.pruning:PruneWeights",
     "fine_tune": "quantize.passes.training:FineTune",
     "static_int8": "quantize.passes.integer:StaticInt8",
