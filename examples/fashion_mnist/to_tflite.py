@@ -13,11 +13,10 @@ from typing import Any
 
 import data
 import litert_torch
+import net
 import numpy as np
-import onnx
 import torch
 from ai_edge_quantizer import algorithm_manager, qtyping, quantizer, recipe
-from onnx import numpy_helper
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -25,41 +24,14 @@ CALIBRATION_IMAGES = 1024  # the first of the training images, as in to_int8.py
 
 
 class Named(nn.Module):
-    """The network with the names that the .onnx file has."""
+    """The network with the name that the .onnx file gives its output."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            *convolution(1, 32),
-            *convolution(32, 32),
-            nn.MaxPool2d(2),
-            *convolution(32, 64),
-            *convolution(64, 64),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(64 * 7 * 7, 64),
-            nn.ReLU(),
-            nn.Linear(64, 10),
-        )
+        self.network = net.network()
 
     def forward(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"logits": self.layers(input)}
-
-
-def convolution(channels_in: int, channels_out: int) -> list[nn.Module]:
-    """Normalization is in the weights of the .onnx file already."""
-    return [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.ReLU()]
-
-
-def with_weights(path: Path) -> Named:
-    """Weights and biases by order: each layer of the .onnx file has one of both."""
-    graph = onnx.load(path).graph
-    known = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
-    arrays = [known[name] for node in graph.node for name in node.input if name in known]
-    model = Named().eval()
-    for parameter, array in zip(model.parameters(), arrays, strict=True):
-        parameter.data = torch.from_numpy(array.copy())
-    return model
+        return {"logits": self.network(input)}
 
 
 def calibration() -> dict[str, list[dict[str, Any]]]:
@@ -83,9 +55,7 @@ def quantized(path: Path, how: Any, samples: Any | None, out: Path) -> None:
 def main() -> None:
     float_path = HERE / "fp32.tflite"
     example = {"input": torch.zeros(1, 1, 28, 28)}
-    litert_torch.convert(with_weights(HERE / "fp32.onnx"), sample_kwargs=example).export(
-        str(float_path)
-    )
+    litert_torch.convert(Named().eval(), sample_kwargs=example).export(str(float_path))
     quantized(float_path, recipe.dynamic_wi8_afp32(), None, HERE / "dynamic.tflite")
     quantized(float_path, recipe.static_wi8_ai8(), calibration(), HERE / "static.tflite")
     for path in (float_path, HERE / "dynamic.tflite", HERE / "static.tflite"):
