@@ -21,6 +21,11 @@ Array = np.ndarray[Any, Any]
 
 # With more degrees of freedom Student's quantile is the normal one to four digits.
 NORMAL_FROM = 2000
+# Three groups with a loss say little of how the samples of a group go together; so much of a group
+# all of which goes together is added to what they say. With it a bound of 95 % held in 90 to 100 of
+# 100 simulated sets of 20 to 200 groups of ten, losses of 1 to 6 %, correlations of up to 0.3 in a
+# group; without it in 85 to 100, without groups in 71 to 100.
+PRIOR_GROUPS = 0.5
 
 
 class Sums(NamedTuple):
@@ -70,16 +75,25 @@ def effective(values: Array, groups: Array, quantile: float) -> float:
     """How many independent samples know as much of the mean of values [samples] as these do.
 
     Korn and Graubard's: fewer by the ratio of the variances with and without groups, and by what
-    few groups know of that ratio. Where all values are alike nothing is known of it: then the
-    number of groups, as if all samples of a group were one.
+    few groups know of that ratio. The ratio is drawn towards that of groups all of whose samples go
+    together (Kish 1965), the more the fewer groups have a value that is not the usual one. Where
+    all values are alike it is taken as if one sample were not: nothing lost may not prove less than
+    one loss. So it is too sure where all of a group is lost together and none was seen.
     """
     total, number = len(values), count(groups)
+    sizes = sums(values, groups).counts
+    most = float((sizes**2).sum()) / total
     alone = standard_error(values)
-    if alone == 0 or number < 2:
-        return float(number)
-    ratio = (standard_error(values, groups) / alone) ** 2
-    doubt = (student(quantile, total - 1) / student(quantile, number - 1)) ** 2
-    return min(max(total / max(ratio, 1e-12) * doubt, 1.0), float(total))
+    ratio = (standard_error(values, groups) / alone) ** 2 if alone else 1.0
+    odd = max(count(groups[values != _usual(values)]), 1)
+    ratio = max((odd * ratio + PRIOR_GROUPS * most) / (odd + PRIOR_GROUPS), 1.0)
+    doubt = (student(quantile, total - 1) / student(quantile, max(number - 1, 1))) ** 2
+    return max(total / ratio * doubt, 1.0)
+
+
+def _usual(values: Array) -> float:
+    found, counts = np.unique(values, return_counts=True)
+    return float(found[counts.argmax()])
 
 
 @functools.cache

@@ -73,7 +73,7 @@ def observe(
 
 
 def _of_ranges(activations: Sequence[Activation], calibration: Dataset) -> list[Finding]:
-    used = min(len(calibration), SAMPLES_MAX)
+    used = min(calibration.units, SAMPLES_MAX)  # views of one photograph show its ranges once
     return checks.few(len(calibration)) or checks.beyond(activations, used)
 
 

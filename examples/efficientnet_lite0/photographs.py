@@ -1,7 +1,8 @@
 """Photographs as the model's input: `python photographs.py FOLDER -o FILE.npz [--views N]`.
 
 Needs Pillow and numpy. Each photograph gives some views of its own (centre and corners at 7/8 of
-the side, and their mirror images): more to compare two models with, not more photographs.
+the side, and their mirror images): more to compare two models with, not more photographs. The array
+`groups` says which belong together, so that no interval counts them as samples of their own.
 """
 
 from __future__ import annotations
@@ -46,13 +47,15 @@ def main() -> None:
     parser.add_argument("--glob", default="*.jpg")
     arguments = parser.parse_args()
     files = sorted(file for one in arguments.folders for file in one.glob(arguments.glob))
-    parts = []
-    for file in files:
+    parts: list[np.ndarray] = []
+    groups: list[int] = []
+    for number, file in enumerate(files):
         with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened).convert("RGB")
         if min(picture.size) >= SIDE:
             parts += views(picture, arguments.views)
-    np.savez(arguments.out, x=np.stack(parts))
+            groups += [number] * (len(parts) - len(groups))
+    np.savez(arguments.out, x=np.stack(parts), groups=np.array(groups))
     print(f"{arguments.out}: {len(parts)} views of {len(files)} files")
 
 
