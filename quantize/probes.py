@@ -31,6 +31,8 @@ Method = Literal["", "average", "minmax", "entropy", "percentile", "mse"]
 Nodes = Sequence[tuple[str, str]]  # (name, operator)
 
 ROWS = 64  # calibration samples by which a layer's own output is judged
+# Of large inputs (sound, pictures) so few that these values are in them; each layer's are computed.
+ROW_VALUES = 1 << 19
 
 
 class Parts(Protocol):
@@ -183,7 +185,9 @@ class TfliteParts:
     def noise(self, made: Path, nodes: Nodes) -> dict[str, float]:
         bench, first = self._bench, dict(nodes)
         seen = {one.name: one.outputs[0].name for one in self._graph.operators if one.name in first}
-        feeds = {name: array[:ROWS] for name, array in bench.calibration.items()}
+        largest = max(array[0].size for array in bench.calibration.values())
+        rows = min(ROWS, max(ROW_VALUES // max(largest, 1), 4))
+        feeds = {name: array[:rows] for name, array in bench.calibration.items()}
         powers = noise.Powers()
         for before, after in zip(
             litert_door.activations(self._source, feeds, bench, set(seen.values())),
