@@ -21,7 +21,7 @@ from quantize.trials import Trial
 CLEAN: dict[str, Any] = {"use": "clean"}
 PARENTS = 2  # of each backend that stages build upon: the best ranges method is not known before
 SIDESTEPS = 8  # random neighbours proposed per round, to find some that are new
-RATIO_STEP = 0.0625
+RATIO_STEP, LAYER_STEP = 0.0625, 0.125  # of all layers, and of one
 
 
 class Facts(NamedTuple):
@@ -31,7 +31,8 @@ class Facts(NamedTuple):
         operators: kinds of its nodes. slow: nodes to leave float for speed. layers: nodes that can
             be quantized, the most sensitive first. four: of a .tflite model those whose weights may
             have 4 bits, in its order; connected: the fully connected ones among them. also: other
-            formats that there are of the model.
+            formats that there are of the model. channels: of each group of channels that may go, a
+            node that makes it.
     """
 
     format: str
@@ -41,6 +42,7 @@ class Facts(NamedTuple):
     four: tuple[str, ...] = ()
     connected: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()
 
 
 class Idea(NamedTuple):
@@ -215,7 +217,10 @@ def pruned(facts: Facts, found: Sequence[Trial], search: Search) -> list[Idea]:
         return []
     best = {one.variant.backend: one for one in reversed(parents(found))}
     return [
-        Idea(_pruned(variant, ratio, search.train), f"{parent.variant.name}: {ratio:g} pruned")
+        Idea(
+            _pruned(variant, {"ratio": ratio}, search.train),
+            f"{parent.variant.name}: {ratio:g} pruned",
+        )
         for parent in best.values()
         for variant in (parent.variant, _excluding(parent.variant, facts.slow.thin))
         for ratio in search.ratios
@@ -314,11 +319,18 @@ def _steps(
     if last["use"] == "nncf_int8":
         slow = not last.get("fast_bias_correction", True)
         yield _with(variant, fast_bias_correction=slow), "other bias correction"
-    ratio = next((s["ratio"] for s in variant.passes if s["use"] == "prune_channels"), 0.0)
-    if ratio:
-        ratio = ratio + RATIO_STEP * (1 if rng.integers(2) else -1)
+    cut = next((step for step in variant.passes if step["use"] == "prune_channels"), None)
+    if cut:
+        ratio = cut["ratio"] + RATIO_STEP * (1 if rng.integers(2) else -1)
         if 0 < ratio < 1:
-            yield _pruned(variant, ratio, search.train), f"{ratio:g} pruned"
+            yield _pruned(variant, {**cut, "ratio": ratio}, search.train), f"{ratio:g} pruned"
+    if cut and facts.channels:
+        name = facts.channels[int(rng.integers(len(facts.channels)))]
+        ratios = cut.get("ratios", {})
+        own = ratios.get(name, cut["ratio"]) + LAYER_STEP * (1 if rng.integers(2) else -1)
+        if 0 <= own < 1:
+            changed = {**cut, "ratios": {**ratios, name: own}}
+            yield _pruned(variant, changed, search.train), f"{own:g} of {name} pruned"
 
 
 # --- variants -------------------------------------------------------------------------------------
@@ -333,14 +345,13 @@ def _with(variant: Variant, **options: Any) -> Variant:
     return Variant("", variant.backend, variant.options, changed)
 
 
-def _pruned(variant: Variant, ratio: float, train: str) -> Variant:
+def _pruned(variant: Variant, shares: dict[str, Any], train: str) -> Variant:
     """The variant behind clean-up, pruning and, with `train`, training again."""
     kept = [s for s in variant.passes if s["use"] not in ("clean", "prune_channels", "fine_tune")]
-    cut: dict[str, Any] = {"use": "prune_channels", "ratio": ratio}
+    # By activations: less is lost without training, and a short one ends better (docs/pruning.md).
+    before = [CLEAN, {**shares, "use": "prune_channels", "importance": "activations"}]
     if train:
-        before = [CLEAN, cut, {"use": "fine_tune", "train": train}]
-    else:  # much less is lost this way where nothing is trained again (docs/pruning.md)
-        before = [CLEAN, {**cut, "importance": "activations"}]
+        before.append({"use": "fine_tune", "train": train})
     return Variant("", variant.backend, variant.options, (*before, *kept))
 
 
@@ -363,9 +374,11 @@ def label(variant: Variant) -> str:
 
 
 def pruning_label(variant: Variant) -> str:
-    """How much is pruned, in percent."""
-    ratio = next(step["ratio"] for step in variant.passes if step["use"] == "prune_channels")
-    return f"pruned{100 * ratio:g}"
+    """How much is pruned, in percent; some other passes' work may be trained too."""
+    cut = next((step for step in variant.passes if step["use"] == "prune_channels"), None)
+    if cut is None:
+        return "training"
+    return f"pruned{100 * cut.get('ratio', 0.5):g}" + ("-uneven" if cut.get("ratios") else "")
 
 
 _LABELS = {"static_int8": "int8", "nncf_int8": "nncf", "tflite_int8": "int8", "weight_only": "w8"}

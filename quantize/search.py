@@ -46,6 +46,7 @@ from quantize.executors import Done, Executor, Job
 from quantize.latency import Timed
 from quantize.moves import Facts, Idea
 from quantize.passes import ONNX, TFLITE, Bench, Say
+from quantize.passes.pruning import makers
 from quantize.recipe import Budgets, Recipe, Search, Variant
 from quantize.results import Outcome
 from quantize.trials import Found, Journal, Trial
@@ -297,7 +298,8 @@ def _facts(run: _Run) -> Facts:
         return Facts(source.format, frozenset(), also=tuple(source.also))
     clean = _clean(run.ready, run.kept)
     operators = frozenset(automatic.operators(source))
-    return Facts(ONNX, operators, kernels.slow(clean), also=tuple(source.also))
+    channels = makers(clean) if run.limits.ratios else ()
+    return Facts(ONNX, operators, kernels.slow(clean), also=tuple(source.also), channels=channels)
 
 
 def _clean(ready: Prepared, kept: scratch.Scratch) -> Path:

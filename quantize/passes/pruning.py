@@ -217,6 +217,12 @@ def understand(model: Any) -> tuple[groups.Channels, dict[str, Any]]:
     return channels.analyse(model.graph, shapes, weights), weights
 
 
+def makers(path: Path) -> tuple[str, ...]:
+    """Of each group of channels that may go, a node that makes it: a name for `ratios`."""
+    found, _ = understand(onnx_door.load(path))
+    return tuple(found.nodes[group][0] for group in found.prunable)
+
+
 def observed(found: groups.Channels, source: Path, bench: Bench) -> dict[str, Seen]:
     """What calibration samples make of each value that is read.
 

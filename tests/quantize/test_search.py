@@ -272,6 +272,25 @@ def test_nothing_that_was_pruned_is_pruned_twice() -> None:
     assert [step["use"] for step in with_training[0].variant.passes][2] == "fine_tune"
 
 
+def test_random_steps_prune_one_layer_otherwise_and_train_it_again() -> None:
+    cut = {"use": "prune_channels", "ratio": 0.5}
+    step = {"use": "fine_tune", "train": "a:b"}
+    variant = Variant("", "onnxruntime", passes=(cut, step, {"use": "static_int8"}))
+    facts, limits = FACTS._replace(channels=("c", "d")), Search(ratios=(0.5,), train="a:b")
+    ideas = [
+        idea.variant.passes
+        for seed in range(40)
+        for idea in moves.neighbours(facts, [trial(1, variant, 0.0)], limits, seed)
+    ]
+    every = [step for passes in ideas for step in passes if step["use"] == "prune_channels"]
+    assert {one["ratio"] for one in every} == {0.4375, 0.5, 0.5625}
+    uneven = [tuple(one["ratios"].items()) for one in every if "ratios" in one]
+    assert set(uneven) == {(("c", 0.375),), (("c", 0.625),), (("d", 0.375),), (("d", 0.625),)}
+    for passes in ideas:
+        if any("ratios" in step for step in passes):
+            assert [step["use"] for step in passes][:3] == ["clean", "prune_channels", "fine_tune"]
+
+
 # --- the journal ----------------------------------------------------------------------------------
 
 
