@@ -329,8 +329,8 @@ def _steps(
         ratios = cut.get("ratios", {})
         own = ratios.get(name, cut["ratio"]) + LAYER_STEP * (1 if rng.integers(2) else -1)
         if 0 <= own < 1:
-            changed = {**cut, "ratios": {**ratios, name: own}}
-            yield _pruned(variant, changed, search.train), f"{own:g} of {name} pruned"
+            uneven = {**cut, "ratios": {**ratios, name: own}}
+            yield _pruned(variant, uneven, search.train), f"{own:g} of {name} pruned"
 
 
 # --- variants -------------------------------------------------------------------------------------

@@ -23,6 +23,12 @@ from quantize.pruning import work
 HERE = Path(__file__).resolve().parent
 SHARES = (0.25, 0.375, 0.5)
 CALIBRATION_IMAGES = 256
+OURS = {
+    "weights": {"importance": "weights"},
+    "not compensated": {"importance": "activations", "compensate": False, "rounds": 1},
+    "activations, 1 round": {"importance": "activations", "rounds": 1},
+    "activations": {"importance": "activations"},
+}
 
 
 def main() -> None:
@@ -30,17 +36,17 @@ def main() -> None:
     train, _ = data.load("train")
     images = torch.from_numpy(data.to_input(test))
     feeds = {"input": data.to_input(train[:CALIBRATION_IMAGES])}
-    print(f"{'share':>6} {'how':<32} {'million MACs':>12} {'right of 10,000':>16}")
+    print(f"{'share':>6} {'how':<36} {'million MACs':>12} {'right of 10,000':>16}")
     for share in SHARES:
-        for importance in ("weights", "activations"):
-            model, macs = ours(share, importance, feeds)
-            report(share, f"prune_channels, {importance}", macs, right(model, images, labels))
+        for name, options in OURS.items():
+            model, macs = ours(share, options, feeds)
+            report(share, f"prune_channels, {name}", macs, right(model, images, labels))
         model, macs = theirs(share)
         report(share, "torch-pruning, group magnitude", macs, right(model, images, labels))
 
 
-def ours(share: float, importance: str, feeds: dict[str, np.ndarray]) -> tuple[nn.Module, int]:
-    how = passes.decode({"use": "prune_channels", "ratio": share, "importance": importance}, "p")
+def ours(share: float, options: dict, feeds: dict[str, np.ndarray]) -> tuple[nn.Module, int]:
+    how = passes.decode({"use": "prune_channels", "ratio": share, **options}, "p")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "pruned.onnx"
         how.apply(HERE / "fp32.onnx", out, Bench(feeds, (), (), 0, 0, lambda what: None))
@@ -87,7 +93,7 @@ def right(model: nn.Module, images: torch.Tensor, labels: np.ndarray) -> int:
 
 
 def report(share: float, how: str, macs: int, count: int) -> None:
-    print(f"{share:>6} {how:<32} {macs / 1e6:>12.2f} {count:>16,}")
+    print(f"{share:>6} {how:<36} {macs / 1e6:>12.2f} {count:>16,}")
 
 
 if __name__ == "__main__":

@@ -259,26 +259,16 @@ def _transpose(walk: Walk, node: Any) -> bool:
 
 
 def _squeeze(walk: Walk, node: Any) -> bool:
-    """Of axes behind the channels."""
+    """Squeeze and Unsqueeze, of axes behind the channels."""
     layout, rank = walk.layouts.get(node.input[0]), len(walk.shape(node.input[0]))
     if layout is None:
         return True
     axes = _axes(walk, node)
     if not axes or not rank:
         return False
+    if node.op_type == "Unsqueeze":
+        rank += len(axes)  # its axes are those of what comes out
     return all(axis % rank > layout.axis for axis in axes) and walk.give(node, layout)
-
-
-def _unsqueeze(walk: Walk, node: Any) -> bool:
-    """Of axes behind the channels."""
-    layout, rank = walk.layouts.get(node.input[0]), len(walk.shape(node.input[0]))
-    if layout is None:
-        return True
-    axes = _axes(walk, node)
-    if not axes or not rank:
-        return False
-    behind = all(axis % (rank + len(axes)) > layout.axis for axis in axes)
-    return behind and walk.give(node, layout)
 
 
 def _slice(walk: Walk, node: Any) -> bool:
@@ -358,8 +348,7 @@ RULES: dict[str, Rule] = _table(
     (["Flatten"], _flatten),
     (["Reshape"], _reshape),
     (["Transpose"], _transpose),
-    (["Squeeze"], _squeeze),
-    (["Unsqueeze"], _unsqueeze),
+    (["Squeeze", "Unsqueeze"], _squeeze),
     (["Slice"], _slice),
     (["Split"], _split),
     (["Softmax", "LogSoftmax"], _softmax),
