@@ -348,8 +348,9 @@ def _with(variant: Variant, **options: Any) -> Variant:
 def _pruned(variant: Variant, shares: dict[str, Any], train: str) -> Variant:
     """The variant behind clean-up, pruning and, with `train`, training again."""
     kept = [s for s in variant.passes if s["use"] not in ("clean", "prune_channels", "fine_tune")]
-    # By activations: less is lost without training, and a short one ends better (docs/pruning.md).
-    before = [CLEAN, {**shares, "use": "prune_channels", "importance": "activations"}]
+    # By activations much less is lost without training; a long one ends no better for it.
+    by = "weights" if train else "activations"
+    before = [CLEAN, {**shares, "use": "prune_channels", "importance": by}]
     if train:
         before.append({"use": "fine_tune", "train": train})
     return Variant("", variant.backend, variant.options, (*before, *kept))
