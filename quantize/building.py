@@ -8,7 +8,7 @@ its variant, not the run.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from edge_runtime.errors import EdgeError
 from quantize import datasets, models, passes, recipe, scratch
 from quantize.datasets import Dataset
 from quantize.models import ModelFile
-from quantize.passes import Bench, Pass, Say
+from quantize.passes import Bench, Pass, Say, Validation
 from quantize.recipe import Variant
 
 
@@ -63,24 +63,30 @@ def build(
     seed: int,
     kept: scratch.Scratch,
     say: Say,
+    validation: Callable[[], Validation] | None = None,
 ) -> Built:
-    """The variant's file; made now, or earlier by the same passes from the same data."""
+    """The variant's file; made now, or earlier by the same passes from the same data.
+
+    `validation`: for a chain with a pass that chooses by answers.
+    """
     source = source.on(chain.variant.backend)
     steps = tuple(passes.describe(one) for one in chain.passes)
-    bench = Bench(
-        calibration.feeds,
-        source.inputs,
-        source.outputs,
-        source.batch_axis,
-        seed,
-        say,
-        kept.folder,
-        source.module,
-    )
     path = source.path
     try:
+        seen = validation() if validation and any(map(passes.validates, chain.passes)) else None
+        bench = Bench(
+            calibration.feeds,
+            source.inputs,
+            source.outputs,
+            source.batch_axis,
+            seed,
+            say,
+            kept.folder,
+            source.module,
+            seen,
+        )
         for step, one, key in zip(
-            steps, chain.passes, keys(chain, source, calibration, seed), strict=True
+            steps, chain.passes, keys(chain, source, calibration, seed, seen), strict=True
         ):
             say(f"{chain.variant.name}: {step['use']}")
             path = kept.made(
@@ -97,7 +103,13 @@ def build(
     return Built(chain.variant, None if refusal else path, precision, steps, refusal)
 
 
-def keys(chain: Chain, source: ModelFile, calibration: Dataset, seed: int) -> list[str]:
+def keys(
+    chain: Chain,
+    source: ModelFile,
+    calibration: Dataset,
+    seed: int,
+    validation: Validation | None = None,
+) -> list[str]:
     """Of each pass's result the name in the scratch folder: chains that begin alike share them."""
     made_of: list[Any] = [
         edge_runtime.__version__,
@@ -108,6 +120,8 @@ def keys(chain: Chain, source: ModelFile, calibration: Dataset, seed: int) -> li
     found = []
     for one in chain.passes:
         made_of.append([passes.describe(one), one.versions()])
+        if validation is not None and passes.validates(one):
+            made_of.append(validation.key)
         found.append(scratch.key(*made_of))
     return found
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from quantize import litert_door, onnx_door
+from quantize import litert_door, onnx_door, openvino_door
 from quantize.results import Evaluated
 from quantize.tflite_ops import Graph
 
@@ -27,14 +27,19 @@ BFLOAT16 = frozenset({"amx_bf16", "avx512_bf16"})
 INTERESTING = DOT_PRODUCTS | BFLOAT16 | {"avx2", "avx512f", "bf16", "fphp", "sve"}
 # A graph in which more of the pairs than this touch no integer kernel pays for them all the time.
 UNFUSED_SHARE = 0.5
+NOTE = "edge-quantize"  # the key under which a file keeps what a pass says of it
 _COMPUTING = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
 def notes(one: Evaluated, path: Path) -> tuple[str, ...]:
     """What a person should know of a measured variant."""
     said = list(_of_backend(one))
+    if path.suffix == openvino_door.IR and one.steps:
+        said += filter(None, [openvino_door.note(path, NOTE)])
     if path.suffix == ".onnx":
-        graph = onnx_door.load(path).graph
+        model = onnx_door.load(path)
+        said += [prop.value for prop in model.metadata_props if prop.key == NOTE]
+        graph = model.graph
         kinds = Counter(node.op_type for node in graph.node)
         for cause in _CAUSES:
             said += cause(one, graph, kinds)

@@ -207,8 +207,19 @@ def beyond(activations: Sequence[Activation], samples: int) -> list[Finding]:
     ]
 
 
-def clipped(activations: Sequence[Activation]) -> list[Finding]:
-    """Ranges that cut off what the calibration set itself shows, by variant."""
+REMEDY = "raise the percentile, or use minmax"
+# NNCF has no percentile: it keeps the average of the samples' extremes.
+_OF_NNCF = "say ranges: minmax (NNCF keeps the average of the samples' extremes)"
+REMEDIES = {"nncf_int8": _OF_NNCF, "nncf_accuracy": _OF_NNCF}
+
+
+def clipped(
+    activations: Sequence[Activation], makers: Mapping[str, str] | None = None
+) -> list[Finding]:
+    """Ranges that cut off what the calibration set itself shows, by variant.
+
+    `makers`: by variant the pass that chose its ranges, for the remedy.
+    """
     variants = dict.fromkeys(name for one in activations for name in one.clippings)
     found = []
     for variant in variants:
@@ -223,8 +234,8 @@ def clipped(activations: Sequence[Activation]) -> list[Finding]:
             found.append(
                 Finding(
                     CLIPPED,
-                    f"{variant}: ranges of {len(cut)} tensors are clipped ({named}); raise the"
-                    " percentile, or use minmax",
+                    f"{variant}: ranges of {len(cut)} tensors are clipped ({named});"
+                    f" {REMEDIES.get((makers or {}).get(variant, ''), REMEDY)}",
                 )
             )
     return found

@@ -96,13 +96,15 @@ class Dataset:
 class Split(NamedTuple):
     """What calibrates and what judges; no sample is in both.
 
-    `findings`: samples that were, and samples that are there more than once.
+    `findings`: samples that were, and samples that are there more than once. `spare`: of a
+    calibration set of its own what is not needed; evaluation may hold copies of it.
     """
 
     calibration: Dataset
     evaluation: Dataset
     notes: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
+    spare: Dataset | None = None
 
 
 def load(data: Data, specs: tuple[TensorSpec, ...], path: str = "") -> Dataset:
@@ -160,18 +162,21 @@ def split(
         UsageError: too few samples.
     """
     notes: list[str] = []
+    spare = None
     if calibration is None:
         ours, rest = _parted(whole, samples, seed, notes)
     else:
         if len(calibration) < samples:
             notes.append(f"calibrated with {len(calibration)} samples: all there are")
         ours, rest = some(calibration, samples, seed), whole
+        if samples and len(calibration) > samples:
+            spare = calibration.take(np.sort(_shuffled(len(calibration), seed)[samples:]))
     ours = known(replace(ours, inputs=ours.feeds))
     rest, findings = _apart(ours, known(some(rest, judged, judge_seed)))
     enough(rest)
     if rest.groups is not None:
         notes.append(f"{len(rest)} samples in {rest.units} groups judge")
-    return Split(ours, rest, tuple(notes), (*findings, *repeated(rest)))
+    return Split(ours, rest, tuple(notes), (*findings, *repeated(rest)), spare)
 
 
 def some(data: Dataset, count: int, seed: int) -> Dataset:

@@ -23,8 +23,8 @@ SERVE_S = 0.8  # installing, loading and unloading one variant
 # A request by socket beside the run itself, in milliseconds of one sample.
 REQUEST_MS = 0.05
 # Runs of the float model per calibration sample, by pass; other passes take seconds at most.
-RUNS_PER_SAMPLE = {"static_int8": 4.0, "nncf_int8": 4.0, "tflite_int8": 10.0}
-PASS_S = {"nncf_int8": 3.0, "clean": 0.1}
+RUNS_PER_SAMPLE = {"static_int8": 4.0, "nncf_int8": 4.0, "nncf_accuracy": 20.0, "tflite_int8": 10.0}
+PASS_S = {"nncf_int8": 3.0, "nncf_accuracy": 6.0, "clean": 0.1}
 PASS_DEFAULT_S = 0.5
 HISTOGRAM_FACTOR = 3.0  # methods that keep counts, not only ranges
 OBSERVED_RUNS = 4.0  # two looks at each of two sets, outputs of all layers copied

@@ -69,7 +69,7 @@ def judged(
         )
     if evaluation.metric == "auto":
         if labels is None:
-            name, note = _unlabelled(spec, look)
+            name, note = unlabelled(spec, look)
             notes += [note] if note else []
         else:
             name = _labelled(spec, labels, where)
@@ -114,8 +114,8 @@ def _size(spec: TensorSpec) -> int | None:
     return math.prod(spec.shape[1:]) if min(spec.shape[1:], default=1) > 0 else None
 
 
-def _unlabelled(spec: TensorSpec, look: Callable[[str], Look] | None) -> tuple[str, str]:
-    """The metric, and a note where another might be meant."""
+def unlabelled(spec: TensorSpec, look: Callable[[str], Look] | None) -> tuple[str, str]:
+    """The metric against the float model, and a note where another might be meant."""
     count = columns(spec)
     if spec.datatype not in _FLOATS:
         return "agreement", ""

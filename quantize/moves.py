@@ -90,6 +90,7 @@ _BY_NNCF = (
     _nncf("performance", preset="performance"),
     _nncf("slow bias correction", fast_bias_correction=False),
 )
+_CONTROLLED = _Shot("NNCF accuracy-controlled", {"use": "nncf_accuracy"}, "nncf")
 # OpenVINO 2026.4 answers wrongly with 16-bit activations, so they are not tried there.
 SHOTS: dict[tuple[str, str], tuple[_Shot, ...]] = {
     (ONNX, "onnxruntime"): (
@@ -101,9 +102,10 @@ SHOTS: dict[tuple[str, str], tuple[_Shot, ...]] = {
         _Shot("8-bit weights", {"use": "weight_only"}),
         *_BY_NNCF,
     ),
-    (ONNX, "openvino"): (*_PAIRS, *_BY_NNCF),
+    (ONNX, "openvino"): (*_PAIRS, *_BY_NNCF, _CONTROLLED),
     (OPENVINO, "openvino"): (
         *_BY_NNCF,
+        _CONTROLLED,
         _nncf_weights("weights"),
         _nncf_weights("4-bit weights", bits=4),
         _Shot("float16", {"use": "float16"}),
@@ -382,4 +384,10 @@ def pruning_label(variant: Variant) -> str:
     return f"pruned{100 * cut.get('ratio', 0.5):g}" + ("-uneven" if cut.get("ratios") else "")
 
 
-_LABELS = {"static_int8": "int8", "nncf_int8": "nncf", "tflite_int8": "int8", "weight_only": "w8"}
+_LABELS = {
+    "static_int8": "int8",
+    "nncf_int8": "nncf",
+    "nncf_accuracy": "nncf-controlled",
+    "tflite_int8": "int8",
+    "weight_only": "w8",
+}

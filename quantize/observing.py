@@ -66,7 +66,8 @@ def observe(
         activations = _activations(source, split, kept)
     if not found:  # else the rest follows from it
         found = _of_ranges(activations, split.calibration)
-    found += checks.clipped(activations)
+    makers = {one.variant.name: str(one.steps[-1]["use"]) for one in built if one.steps}
+    found += checks.clipped(activations, makers)
     found += _of_labels(split.evaluation, answers[output])
     found += _of_classes(source, split, answers[output], output)
     return Observed(activations, tuple(found))

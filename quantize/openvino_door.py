@@ -17,6 +17,8 @@ from edge_runtime.errors import BackendError, UsageError
 from quantize import foreign
 
 IR = ".ir"  # the ending of a packed file
+# What moves values and computes none: quantized are those who read them.
+PASSING = {"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
 
 
 def versions() -> dict[str, str]:
@@ -54,6 +56,29 @@ def save(model: Any, out: Path, *, half: bool = False) -> None:
         packed = Path(folder) / "packed"
         packed.mkdir()
         create.as_artifact(graph, packed).replace(out)
+
+
+def quantized(model: Any) -> list[str]:
+    """Nodes that work on quantized values."""
+
+    def is_quantized(op: Any) -> bool:
+        maker = op.input_value(0).get_node()
+        if maker.get_type_name() in PASSING:
+            return is_quantized(maker)
+        return bool(maker.get_type_name() == "FakeQuantize")
+
+    return [
+        op.get_friendly_name()
+        for op in model.get_ordered_ops()
+        if op.get_input_size() and op.get_type_name() not in PASSING | {"Result", "FakeQuantize"}
+        if is_quantized(op)
+    ]
+
+
+def note(path: Path, key: str) -> str:
+    """What was written into a packed file under that key; empty if nothing. Raises: BackendError"""
+    model = load(path)
+    return str(model.get_rt_info(key).value) if model.has_rt_info(key) else ""
 
 
 def to_float16(source: Path, out: Path) -> None:

@@ -60,6 +60,8 @@ _PRODUCTS = frozenset({"MatMul", "Gemm", "LSTM", "GRU", "Attention", "LSTMSequen
 _BY_OPENVINO = (
     Idea(Variant("bf16-openvino", "openvino", {"precision": "bf16"}), features=causes.BFLOAT16),
     Idea(Variant("int8-nncf", "openvino", passes=({"use": "nncf_int8"},)), needs="nncf"),
+    # The same again where nothing is lost; where something is, it takes its time.
+    Idea(Variant("int8-controlled", "openvino", passes=({"use": "nncf_accuracy"},)), needs="nncf"),
 )
 # By backend. Several ways to read ranges are tried, because none is best for every model.
 _ONNX: dict[str, tuple[Idea, ...]] = {

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from edge_runtime.backends import backend
-from edge_runtime.errors import ModelError
+from edge_runtime.errors import ModelError, UsageError
 from quantize import (
     building,
     clusters,
@@ -110,7 +110,18 @@ def key(ready: Prepared, chain: building.Chain) -> str:
         chain.variant.options,
         backend(chain.variant.backend).version(),
         [[passes.describe(one), one.versions()] for one in chain.passes],
+        _validation_key(ready, chain),
     )
+
+
+def _validation_key(ready: Prepared, chain: building.Chain) -> str:
+    """Of what a pass may choose by; empty: none does, or there is too little, which refuses it."""
+    if not any(map(passes.validates, chain.passes)):
+        return ""
+    try:
+        return workflow.validation(ready, chain)().key
+    except UsageError:
+        return ""
 
 
 def context(ready: Prepared) -> str:
@@ -139,7 +150,13 @@ def attempt(given: dict[str, Any]) -> dict[str, Any]:
     ready = workflow.prepare(told.recipe)
     chain = next(one for one in ready.chains if one.variant == told.recipe.variants[0])
     built = building.build(
-        chain, ready.source, ready.split.calibration, told.recipe.seed, kept, _silent
+        chain,
+        ready.source,
+        ready.split.calibration,
+        told.recipe.seed,
+        kept,
+        _silent,
+        workflow.validation(ready, chain),
     )
     if built.path is None:
         raise ModelError(built.refusal)

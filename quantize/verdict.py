@@ -19,7 +19,7 @@ from quantize.results import Evaluated, Finding
 NOISE = 0.03
 WORSE, UNPROVEN = "answers are worse", "not proven right"
 # Passes that read ranges of the calibration set, and so inherit its faults.
-CALIBRATED = frozenset({"static_int8", "nncf_int8", "tflite_int8"})
+CALIBRATED = frozenset({"static_int8", "nncf_int8", "nncf_accuracy", "tflite_int8"})
 
 
 def refusal(one: Evaluated, reference: Evaluated, budgets: Budgets, drop_max: float) -> str:

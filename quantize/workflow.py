@@ -6,6 +6,7 @@ wrong with the recipe, the model or the data is found before the first pass work
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +30,14 @@ from quantize import (
     packing,
     scratch,
     targets,
+    validating,
     verdict,
 )
 from quantize.building import Built, Chain
 from quantize.datasets import Dataset, Split
 from quantize.evaluating import Judge
 from quantize.models import ModelFile
-from quantize.passes import Say
+from quantize.passes import Say, Validation
 from quantize.recipe import Recipe, Variant
 from quantize.results import Outcome
 
@@ -115,7 +117,15 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
     began_s = time.monotonic()
     kept = scratch.Scratch(folder)
     built = [
-        building.build(one, ready.source, ready.split.calibration, ready.recipe.seed, kept, say)
+        building.build(
+            one,
+            ready.source,
+            ready.split.calibration,
+            ready.recipe.seed,
+            kept,
+            say,
+            validation(ready, one),
+        )
         for one in ready.chains
     ]
     evaluated, answers = evaluating.evaluate(ready.judge, built, say)
@@ -145,6 +155,14 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
         say(f"packing {len(outcome.shipped)} variants")
         created = packing.pack(ready.recipe, outcome, ready.split.evaluation, answers, output, out)
     return Finished(outcome, tuple(built), created)
+
+
+def validation(ready: Prepared, chain: Chain) -> Callable[[], Validation]:
+    """What passes that choose by answers are given; see validating.validation."""
+    function = _function(ready.recipe)
+    return functools.partial(
+        validating.validation, ready.judge, ready.metric, ready.split, function, chain.variant
+    )
 
 
 def with_reference(variants: tuple[Variant, ...], source: ModelFile) -> tuple[Variant, ...]:

@@ -50,11 +50,36 @@ PASSES: dict[str, str] = {
     "weight_only": "quantize.passes.weights:WeightOnly",
     "float16": "quantize.passes.weights:Float16",
     "nncf_int8": "quantize.passes.openvino:NncfInt8",
+    "nncf_accuracy": "quantize.passes.openvino:NncfAccuracy",
     "nncf_weights": "quantize.passes.openvino:NncfWeights",
     "tflite_int8": "quantize.passes.tflite:TfliteInt8",
     "tflite_weights": "quantize.passes.tflite:TfliteWeights",
     "tflite_float16": "quantize.passes.tflite:TfliteFloat16",
 }
+
+
+class Validation(NamedTuple):
+    """Samples for passes that choose by what answers are worth: none that calibrates or judges.
+
+    Attributes:
+        calibration: what is left to calibrate with, [samples, ...] per input.
+        inputs: the samples, as calibration is given.
+        answers: a model file's outputs for those at these places, [places, ...] by name, from the
+            backend that the variant is for. Raises: EdgeError.
+        score: (answers, the float model's), both of all samples and outputs -> one score per
+            sample, larger is better. output: the one that is judged.
+        drop_max: the loss of the mean score that a pass may leave where its options do not say.
+        metric: its name. key: of everything above, for the results' keys.
+    """
+
+    calibration: Feeds
+    inputs: Feeds
+    answers: Callable[[Path, Array], Feeds]
+    score: Callable[[Feeds, Feeds], Array]
+    output: str
+    drop_max: float
+    metric: str
+    key: str
 
 
 class Bench(NamedTuple):
@@ -68,6 +93,7 @@ class Bench(NamedTuple):
         say: progress, one line.
         cache: a folder where a pass may keep what another run of it can use; None: nowhere.
         module: `module:function` that the source was exported from; empty: from nowhere.
+        validation: for passes that say `validates`; None: no pass of the chain does.
     """
 
     calibration: Feeds
@@ -78,6 +104,7 @@ class Bench(NamedTuple):
     say: Say
     cache: Path | None = None
     module: str = ""
+    validation: Validation | None = None
 
 
 class Pass(Protocol):
@@ -117,6 +144,11 @@ def decode(given: Mapping[str, Any], where: str) -> Pass:
     options = {key: value for key, value in given.items() if key != "use"}
     chosen = getattr(importlib.import_module(module), kind)
     return cast(Pass, typed.decode(chosen, options, where))
+
+
+def validates(one: Pass) -> bool:
+    """Whether the pass chooses by answers, and so needs Bench.validation."""
+    return bool(getattr(one, "validates", False))
 
 
 def describe(one: Pass) -> dict[str, Any]:

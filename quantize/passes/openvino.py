@@ -23,12 +23,15 @@ class NncfInt8(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             the like; performance: all symmetric.
         fast_bias_correction: false: every layer's own correction: slower, at times more right.
         model_type: transformer keeps what attention needs in float.
+        ranges: mean: of activations the average of the samples' extremes, which cuts off outliers;
+            minmax: the extremes of all.
         exclude: nodes by name that stay float.
     """
 
     preset: Literal["mixed", "performance"] = "mixed"
     fast_bias_correction: bool = True
     model_type: Literal["any", "transformer"] = "any"
+    ranges: Literal["mean", "minmax"] = "mean"
     exclude: tuple[str, ...] = ()
 
     requires: ClassVar[frozenset[str]] = frozenset({ONNX, OPENVINO, FLOAT})
@@ -38,6 +41,41 @@ class NncfInt8(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def apply(self, source: Path, out: Path, bench: Bench) -> None:
         """See passes.Pass.apply."""
         nncf_door.quantize(source, out, self, bench)
+
+    def versions(self) -> dict[str, str]:
+        return nncf_door.versions()
+
+
+class NncfAccuracy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """As nncf_int8, then back into float, group by group, until the answers are right enough.
+
+    They are judged by the recipe's metric on the backend of the variant, by samples that neither
+    calibrate nor judge it: what the calibration data hold beyond `calibration.samples`, or else a
+    half of these. Without labels the float model's answers stand for the truth.
+
+    Attributes:
+        drop_max: the loss of the metric on those samples at which it stops; null: half of the
+            budget, because the verdict wants its upper bound kept.
+        steps_max: groups put back at most; each costs a run over those samples. 0: all there are.
+        preset, fast_bias_correction, model_type, ranges, exclude: as in nncf_int8.
+    """
+
+    drop_max: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    steps_max: Annotated[int, msgspec.Meta(ge=0)] = 0
+    preset: Literal["mixed", "performance"] = "mixed"
+    fast_bias_correction: bool = True
+    model_type: Literal["any", "transformer"] = "any"
+    ranges: Literal["mean", "minmax"] = "mean"
+    exclude: tuple[str, ...] = ()
+
+    requires: ClassVar[frozenset[str]] = frozenset({ONNX, OPENVINO, FLOAT})
+    ensures: ClassVar[frozenset[str]] = frozenset({INTEGER})
+    removes: ClassVar[frozenset[str]] = frozenset({FLOAT})
+    validates: ClassVar[bool] = True
+
+    def apply(self, source: Path, out: Path, bench: Bench) -> None:
+        """See passes.Pass.apply."""
+        nncf_door.quantize_with_control(source, out, self, bench)
 
     def versions(self) -> dict[str, str]:
         return nncf_door.versions()

@@ -15,13 +15,15 @@ import pytest
 from edge_runtime.backends import backend, openvino_library
 from edge_runtime.bundle import archive
 from edge_runtime.errors import BundleError, NotFoundError, UsageError
-from quantize import causes, cli, models, passes, proposing
+from examples.fashion_mnist import outlier
+from quantize import building, causes, cli, models, passes, proposing, scratch, workflow
+from quantize.building import Built
 from quantize.passes import FLOAT, INTEGER, OPENVINO, SMALL_WEIGHTS, Bench
 from quantize.passes.openvino import NncfInt8, NncfWeights
 from quantize.passes.weights import Float16
-from quantize.recipe import Budgets, Data, Evaluation, Recipe, Variant
+from quantize.recipe import Budgets, Calibration, Data, Evaluation, Recipe, Variant
 from quantize.results import Evaluated
-from quantize.workflow import prepare, run
+from quantize.workflow import Prepared, prepare, run
 
 pytest.importorskip("openvino", reason="openvino is not installed")
 needs_nncf = pytest.mark.skipif(
@@ -30,14 +32,18 @@ needs_nncf = pytest.mark.skipif(
 CNN = Path("examples/fashion_mnist/fp32.onnx").resolve()
 
 
-@pytest.fixture(scope="module")
-def ir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The CNN as an .xml file with its .bin beside it."""
-    path = tmp_path_factory.mktemp("ir") / "cnn.xml"
+def as_ir(model: Path, path: Path) -> Path:
+    """An ONNX model as an .xml file with its .bin beside it."""
     library = openvino_library.library()
     front_end = library.frontend.FrontEndManager().load_by_framework("onnx")
-    library.save_model(front_end.convert(front_end.load(str(CNN))), path, compress_to_fp16=False)
+    library.save_model(front_end.convert(front_end.load(str(model))), path, compress_to_fp16=False)
     return path
+
+
+@pytest.fixture(scope="module")
+def ir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CNN as IR."""
+    return as_ir(CNN, tmp_path_factory.mktemp("ir") / "cnn.xml")
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +241,124 @@ def test_nncf_stores_weights_of_ir_in_fewer_bits(
 def test_a_node_that_is_not_there_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no_such_node"):
         NncfInt8(exclude=("no_such_node",)).apply(CNN, tmp_path / "o.onnx", bench(data))
+
+
+# --- accuracy control -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CNN with two channels 3,000 times larger: int8 leaves the others nothing."""
+    path = tmp_path_factory.mktemp("outliers") / "outliers.onnx"
+    outlier.plant(CNN, path, 3000.0)
+    return path
+
+
+def controlled(model: Path, data: Path, calibration: Path, **options: object) -> Prepared:
+    variants = (
+        Variant("float", "openvino"),
+        Variant("int8", "openvino", passes=({"use": "nncf_int8"},)),
+        Variant("control", "openvino", passes=({"use": "nncf_accuracy", **options},)),
+    )
+    recipe = Recipe(
+        name="m",
+        source=str(model),
+        data=Data(str(data), str(calibration)),
+        calibration=Calibration(40),
+        evaluation=Evaluation(rounds=3),
+        budgets=Budgets(drop_max=0.1, speedup_min=0.0),
+        variants=variants,
+    )
+    return prepare(recipe)
+
+
+def built(ready: Prepared, number: int, folder: Path, said: list[str]) -> Built:
+    chain = ready.chains[number]
+    return building.build(
+        chain,
+        ready.source,
+        ready.split.calibration,
+        0,
+        scratch.Scratch(folder),
+        said.append,
+        workflow.validation(ready, chain),
+    )
+
+
+@pytest.fixture(scope="module")
+def apart(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Evaluation and calibration; of the latter 20 samples are the former's too."""
+    folder = tmp_path_factory.mktemp("apart")
+    with np.load(data) as arrays:
+        x, y = arrays["x"], arrays["y"]
+    np.savez(folder / "test.npz", x=x[:150], y=y[:150])
+    np.savez(folder / "cal.npz", x=x[130:], y=y[130:])
+    return folder / "test.npz", folder / "cal.npz"
+
+
+def test_what_a_pass_chooses_by_neither_calibrates_nor_judges(apart: tuple[Path, Path]) -> None:
+    ready = controlled(CNN, *apart)
+    seen = workflow.validation(ready, ready.chains[0])()
+    sets = [
+        {one.tobytes() for one in feeds["input"]}
+        for feeds in (seen.calibration, seen.inputs, ready.split.evaluation.feeds)
+    ]
+    assert len(sets[0]) == 40 and len(sets[1]) >= 100
+    assert not sets[1] & sets[0] and not sets[1] & sets[2]
+    want = seen.answers(ready.source.path, np.arange(len(seen.inputs["input"])))
+    assert seen.score(want, want).mean() == 1.0 and seen.drop_max == 0.05
+
+
+def test_without_spare_samples_half_of_the_calibration_set_is_held_apart(
+    apart: tuple[Path, Path],
+) -> None:
+    ready = controlled(CNN, *apart)
+    ready = ready._replace(split=ready.split._replace(spare=None))
+    seen = workflow.validation(ready, ready.chains[0])()
+    assert len(seen.calibration["input"]) == len(seen.inputs["input"]) == 20
+
+
+def test_the_float_models_answers_stand_for_missing_labels(apart: tuple[Path, Path]) -> None:
+    ready = controlled(CNN, *apart)
+    assert ready.split.spare is not None and ready.metric == "top1"
+    bare = ready.split._replace(spare=ready.split.spare.labelled(None))
+    assert workflow.validation(ready._replace(split=bare), ready.chains[0])().metric == "agreement"
+
+
+def test_too_few_samples_refuse_the_variant_and_not_the_run(
+    apart: tuple[Path, Path], tmp_path: Path
+) -> None:
+    ready = controlled(CNN, *apart)
+    few = ready.split._replace(spare=None, calibration=ready.split.calibration.take(np.arange(5)))
+    one = built(ready._replace(split=few), 2, tmp_path, [])
+    assert "too few to hold some apart" in one.refusal
+
+
+@needs_nncf
+@pytest.mark.parametrize("kind", ["onnx", "ir"])
+def test_nncf_puts_back_into_float_what_loses_and_says_which(
+    kind: str, outliers: Path, apart: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = outliers if kind == "onnx" else as_ir(outliers, tmp_path / "outliers.xml")
+    ready, said = controlled(model, *apart), []
+    ones = [built(ready, number, tmp_path / "work", said) for number in (1, 2)]
+    assert [one.refusal for one in ones] == ["", ""]
+    plain, control = (agreement(one.path, apart[0]) for one in ones if one.path)
+    assert plain < 0.9 and control > 0.94
+    (told,) = [text for text in said if "back in float" in text]
+    assert "/7/Conv" in told and "samples that neither calibrate nor judge" in told
+    step = {"use": "nncf_accuracy"}
+    path = ones[1].path
+    assert path is not None
+    notes = causes.notes(Evaluated("c", "openvino", "", "int8", {}, str(path), (step,)), path)
+    assert told in notes
+
+
+@needs_nncf
+def test_what_was_chosen_by_is_in_the_results_key(apart: tuple[Path, Path]) -> None:
+    ready = controlled(CNN, *apart)
+    chain = ready.chains[2]
+    seen = workflow.validation(ready, chain)()
+    given = (chain, ready.source, ready.split.calibration, 0)
+    keys = {building.keys(*given, seen)[0], building.keys(*given, seen._replace(key="x"))[0]}
+    assert len(keys) == 2
