@@ -164,7 +164,8 @@ def test_a_model_whose_state_is_its_clients_gets_no_goldens(patient: Patient) ->
 def rig_of(build: Callable[..., Rig], patient: Patient, **options: Any) -> Rig:
     """A worker whose model is the patient, and whose heart beats."""
     rig = build(NumpyModel(patient.run), **options)
-    rig.worker._heart = patient.heart(rig.spec, heartbeat_idle_s=0.0)
+    rig.worker._heart = heart = patient.heart(rig.spec, heartbeat_idle_s=0.0)
+    rig.worker._dispatch._heart = heart
     return rig
 
 

@@ -18,7 +18,17 @@ import numpy as np
 
 from edge_runtime.backends.protocol import Placement
 from edge_runtime.errors import EdgeError, RequestError
-from edge_runtime.serving import admission, channel, intake, page, peers, plan, worker
+from edge_runtime.serving import (
+    admission,
+    channel,
+    dispatch,
+    intake,
+    page,
+    peers,
+    plan,
+    sleeping,
+    worker,
+)
 from edge_runtime.serving.connection import Connection
 from edge_runtime.serving.spec import Limits, WorkerSpec
 from edge_runtime.serving.worker import Worker
@@ -34,7 +44,7 @@ X = TensorSpec("x", "FP32", (-1, WIDTH))
 Y = TensorSpec("y", "FP32", (-1, WIDTH))
 ANSWER_S_MAX = 10.0  # of waiting for a runner thread
 # The modules whose `_monotonic_ns` is the clock of a worker.
-CLOCKED = (worker, intake, admission, peers)
+CLOCKED = (worker, dispatch, sleeping, intake, admission, peers)
 
 
 def double_plus_one(inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -248,7 +248,7 @@ def test_memory_bounds_the_rows_of_a_batch(build: Build, monkeypatch: pytest.Mon
     rig = build(NumpyModel(rows), batch_rows_max=16)
     check(crowd(rig, 10))
     assert rows.seen == [5, 5]
-    assert 0 < rig.worker._batches.resting_bytes <= batching.BATCH_BYTES_MAX
+    assert 0 < rig.worker._dispatch._batches.resting_bytes <= batching.BATCH_BYTES_MAX
 
 
 def test_a_model_without_batch_axis_0_is_never_batched(build: Build) -> None:
@@ -312,7 +312,9 @@ def test_a_request_that_the_model_cannot_take_fails_alone(build: Build, lanes: i
     assert rig.status[page.BATCH_ROWS_MAX] == 8, "the request was at fault, not the batch"
     if not lanes:
         assert rig.status[page.BATCHES] == 0 and rows.seen == [8] + [1] * 8
-        assert rig.worker._batches.resting_bytes == 8 * 2 * WIDTH * 4, "its memory came back"
+        assert rig.worker._dispatch._batches.resting_bytes == 8 * 2 * WIDTH * 4, (
+            "its memory came back"
+        )
 
 
 def test_batches_that_fail_where_their_requests_do_not_become_smaller(build: Build) -> None:
@@ -374,10 +376,10 @@ def test_batch_memory_at_rest_is_bounded(build: Build, monkeypatch: pytest.Monke
         for client in clients:
             client.send(infer(np.ones((1, width), np.float32)))
         assert [client.answers()[0].array()[0] for client in clients] == [width] * 2
-    assert len(rig.worker._batches._resting) == batching.KEYS_MAX
+    assert len(rig.worker._dispatch._batches._resting) == batching.KEYS_MAX
     monkeypatch.setattr(slots, "IDLE_BYTES_MAX", 100)
     rig.worker._sweep(0)
-    assert rig.worker._batches.resting_bytes == 0
+    assert rig.worker._dispatch._batches.resting_bytes == 0
 
 
 def test_a_worker_told_to_drain_answers_its_batches_first(build: Build) -> None:
@@ -402,7 +404,7 @@ class Time:
         self.then: Callable[[], object] = lambda: None  # what happens during the next sleep
         for module in (*CLOCKED, running):
             monkeypatch.setattr(module, "_monotonic_ns", lambda: self.now_ns)
-        monkeypatch.setattr(loop, "_doze", self._doze)
+        monkeypatch.setattr(loop, "doze", self._doze)
 
     def _doze(self, fd: int, seconds: float) -> None:
         self.dozes_s.append(seconds)
@@ -465,7 +467,7 @@ def test_no_request_waits_past_half_of_its_time(
 
 def test_the_run_itself_is_left_its_time(build: Build, passing: Time) -> None:
     rig = build(batch_rows_max=8, batch_window_ms=100)
-    rig.worker._turn_ns_mean = 4e6
+    rig.worker._dispatch._turn_ns_mean = 4e6
     check(crowd(rig, 2, deadline_ns=passing.now_ns + 10_000_000))
     assert passing.passed_ms == pytest.approx(2)
 
@@ -476,13 +478,13 @@ def test_nobody_waits_for_somebody_elses_batch(build: Build, passing: Time) -> N
         ask = Ask(0, 1, width, ("p",), 0, *[False] * 4)
         rig.client().send(ask.frame(width))
     passing.then = lambda: pytest.fail("it waits")
-    rig.worker._run_pending = _first_turn(rig)  # type: ignore[method-assign]
+    rig.worker._dispatch.run_pending = _first_turn(rig)  # type: ignore[method-assign]
     rig.settle()
 
 
 def _first_turn(rig: Rig) -> Callable[[], None]:
-    """The loop's `_run_pending`, once."""
-    real = rig.worker._run_pending
+    """The loop's `run_pending`, once."""
+    real = rig.worker._dispatch.run_pending
 
     def run() -> None:
         real()
@@ -534,10 +536,10 @@ def test_a_doze_ends_with_the_time_or_with_the_first_byte() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         began_s = time.monotonic()
-        loop._doze(theirs.fileno(), 0.0003)
+        loop.doze(theirs.fileno(), 0.0003)
         assert time.monotonic() - began_s >= 0.0003
         ours.send(b"x")
-        loop._doze(theirs.fileno(), 60)
+        loop.doze(theirs.fileno(), 60)
         assert time.monotonic() - began_s < 30
 
 

@@ -119,7 +119,7 @@ def test_what_is_in_shared_memory_is_never_cached(build: Build) -> None:
     for _ in range(2):
         assert not client.ask(infer(1.0, outputs=into)).code
     assert len(rig.model.ran) == 4 and counts(rig) == (0, 0)
-    assert rig.worker._cache is not None and len(rig.worker._cache) == 0
+    assert rig.worker._dispatch._cache is not None and len(rig.worker._dispatch._cache) == 0
     os.close(fd)
 
 

@@ -279,7 +279,7 @@ def test_a_spinning_worker_looks_for_a_while_and_then_sleeps(clock: Clock) -> No
         clock.advance_s(10e-6)
         return [(7, 1)] if wait_s or len(waits) == ready_at else []
 
-    spinning = worker._spinning(poll, 50_000)
+    spinning = worker.spinning(poll, 50_000)
     ready_at = 0
     assert spinning(1.0) == [(7, 1)] and waits == [0, 0, 0, 0, 0, 1.0]
     waits.clear()
@@ -705,7 +705,7 @@ def test_stop_and_the_end_of_the_channel_end_the_loop(build: Build) -> None:
         rig = build()
         end(rig)
         rig.worker.serve()
-        assert rig.worker._stopping
+        assert rig.worker._dispatch.stopping
 
 
 def test_a_connection_for_another_model_version_or_server_goes_back_unread(build: Build) -> None:
