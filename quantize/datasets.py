@@ -387,6 +387,10 @@ def _fit(array: Samples, spec: TensorSpec, where: str) -> Samples:
                 expected="[samples]"
                 if not one
                 else f"[samples, {', '.join(map(str, one))}] (-1: any size)",
+                remedy=f"the model takes {spec.shape[0]} samples at a time, no fewer: export it"
+                " with a first axis that is free or 1, and each is judged by itself"
+                if spec.shape and tensors.shape_matches(inner, spec.shape[1:])
+                else "",
             )
         inner = inner[1:]  # each sample came with a batch axis of its own
 

@@ -22,6 +22,7 @@ from edge_runtime.tensors import TensorSpec
 from . import contract
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 helper = pytest.importorskip("onnx.helper", reason="onnx is not installed")
 
 # 1.20.1 is old, 1.32.0 is not; where the border lies was not looked for.
@@ -385,3 +386,31 @@ def test_bfloat16_memory_is_copied_to_the_byte(tmp_path: Path):
     values = np.arange(2000, dtype=np.uint16).reshape(1000, 2)
     result = model.bind({"x": values}, {"y": None})()["y"]
     assert ctypes.string_at(result.ctypes.data, result.nbytes) == values.tobytes()
+
+
+def test_a_convolution_left_float_between_quantized_tensors_computes_in_float(tmp_path: Path):
+    """The library rounds its weights with one scale for both channels: 0.3 beside 100 is then 0."""
+    weights = np.array([[100, -100], [0.3, 0.3]], np.float32).reshape(2, 2, 1, 1)
+    pair = ["one", "zero"]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", *pair], ["x8"]),
+        helper.make_node("DequantizeLinear", ["x8", *pair], ["xd"]),
+        helper.make_node("Conv", ["xd", "w"], ["c"], name="float"),
+        helper.make_node("QuantizeLinear", ["c", *pair], ["c8"]),
+        helper.make_node("DequantizeLinear", ["c8", *pair], ["y"]),
+    ]
+    constants = {"w": weights, "one": np.array(1, np.float32), "zero": np.array(0, np.uint8)}
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            nodes,
+            "left-float",
+            [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 2, 1, 1])],
+            [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 2, 1, 1])],
+            [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+        ),
+        opset_imports=[onnx.helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    onnx.save(model, str(tmp_path / "left-float.onnx"))
+    answer = load(tmp_path / "left-float.onnx").run({"x": np.full((1, 2, 1, 1), 200, np.float32)})
+    assert answer["y"].reshape(-1).tolist() == [0, 120]

@@ -281,3 +281,11 @@ def test_rows_are_indexed_as_arrays_are(
     assert np.array_equal(lazy[part], whole[part])
     assert np.array_equal(lazy.taken(indices)[:], whole[indices])
     assert np.array_equal(np.concatenate(list(rows.pieces(lazy))), whole)
+
+
+def test_samples_for_a_model_that_takes_several_at_a_time_are_refused_with_what_to_do(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UsageError, match="has shape") as caught:
+        datasets.load(saved(tmp_path, x=X), (TensorSpec("x", "FP32", (4, 4)),))
+    assert "4 samples at a time" in caught.value.remedy

@@ -50,6 +50,35 @@ def fragile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "fragile.onnx", folder / "data.npz"
 
 
+def test_a_layer_is_quantized_together_with_the_limit_behind_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One channel reaches +-1000; what counts is the 0 to 6 that Clip lets through."""
+    rng = np.random.Generator(np.random.PCG64(4))
+    weights = [rng.normal(size=shape).astype(np.float32) for shape in ((16, 32), (32, 8))]
+    weights[0][:, 0] *= 100
+    nodes = [
+        helper.make_node("Gemm", ["x", "w0"], ["wide"], name="first"),
+        helper.make_node("Clip", ["wide", "low", "high"], ["kept"], name="limit"),
+        helper.make_node("Gemm", ["kept", "w1"], ["y"], name="last"),
+    ]
+    constants = {"w0": weights[0], "w1": weights[1], "low": np.float32(0), "high": np.float32(6)}
+    graph = helper.make_graph(
+        nodes,
+        "limited",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 8])],
+        [numpy_helper.from_array(np.asarray(one), name) for name, one in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    save(model, str(tmp_path / "limited.onnx"))
+    np.savez(tmp_path / "data.npz", x=rng.normal(size=(300, 16)).astype(np.float32))
+    words = ["sensitivity", str(tmp_path / "limited.onnx"), "--data", str(tmp_path / "data.npz")]
+    assert cli.main([*words, "--json"]) == 0
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)["layers"]}
+    assert found["first"]["sqnr_db"] > 20
+
+
 def test_the_layer_that_breaks_the_model_is_found_and_left_out(
     fragile: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
