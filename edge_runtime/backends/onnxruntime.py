@@ -44,7 +44,7 @@ Threads = Annotated[int, msgspec.Meta(ge=1, le=256)]
 Dimension = Annotated[int, msgspec.Meta(ge=1)]
 
 CPU = "CPUExecutionProvider"
-# What would compute something else than the file says. EfficientNet-Lite0 in int8 with its depthwise
+# What would compute something else than the file says. EfficientNet-Lite0 in int8 with depthwise
 # convolutions in float, as its maker wanted, gave other classes than float for 23 % of photographs.
 DISABLED_OPTIMIZERS = ("WeightBiasQuantization",)
 
