@@ -18,6 +18,7 @@ from edge_runtime.bundle import create, lint, source
 from edge_runtime.bundle.onnx_graph import Value
 from edge_runtime.errors import BundleError, NotFoundError, UsageError
 from edge_runtime.tensors import TensorSpec
+from quantize import recipe
 from quantize.passes import FLOAT, INTEGER, ONNX, OPENVINO, SMALL_WEIGHTS, TFLITE
 
 # What lint calls a format -> the trait of passes, and the ending of files of it.
@@ -110,6 +111,12 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 def _refuse_torch(path: Path) -> None:
     """Raises: UsageError where it is torch's, which has to be exported first."""
+    if recipe.is_callable(str(path)) or path.suffix == ".pt2":
+        raise UsageError(
+            "is torch's, and has to be exported first",
+            where=str(path),
+            remedy="`edge-quantize auto` and `run` do; with --work DIR the .onnx stays there",
+        )
     if path.suffix in WEIGHTS:
         raise UsageError(
             "is no model that can be opened safely: a pickle runs code when it is read, and weights"

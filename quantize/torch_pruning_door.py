@@ -40,54 +40,79 @@ def pruned(made: Module, given: Sequence[Array], how: TorchPrune, bench: Bench) 
         UsageError: the library or a function is missing, an unknown name, nothing can go.
         ModelError: the library or the training failed; names the remedy.
     """
-    library, torch, module = _library(), torch_door.library(), made.module
+    torch, shapes = torch_door.library(), _shapes(made, given)
     one = tuple(
         torch.from_numpy(np.ascontiguousarray(array)) for array in torch_modules.alone(given)
     )
-    shapes = _shapes(made, given)
     with foreign.ours("torch-pruning cannot follow the module", Path(made.source)):
-        before = library.utils.count_ops_and_params(module, one)
-        pruner = library.pruner.BasePruner(
-            module,
-            one,
-            importance=_importance(library, how.importance),
-            global_pruning=how.across,
-            pruning_ratio=how.ratio,
-            max_pruning_ratio=1 - how.keep_min,
-            iterative_steps=how.rounds,
-            ignored_layers=[*_named(module, how.exclude), *_of_outputs(library, module, one)],
-            round_to=how.multiple,
-        )
+        before = _counted(made.module, one)
+        pruner = _pruner(made.module, one, how)
     for number in range(1, how.rounds + 1):
         with foreign.ours("torch-pruning failed", Path(made.source)):
             pruner.step()
         if how.train:
             bench.say(f"round {number} of {how.rounds}: training")
-            back = torch_door.trained(module, how.train, bench.seed, bench.say, "torch_prune")
-            if back is not module and number < how.rounds:
-                raise ModelError(
-                    f"{how.train} returned another module, and the next round cuts the first",
-                    where="torch_prune",
-                    remedy="train the module in place, or rounds: 1",
-                )
-            module = back
-        module.eval()
-    made = made._replace(module=module, weights_sha256=torch_modules.weights_sha256(module))
-    if _shapes(made, given) != shapes:
-        raise ModelError(
-            f"its outputs became {_shapes(made, given)}, expected {shapes}",
-            where="torch_prune",
-            remedy="name the layers that make them in `exclude`",
-        )
-    _check_finite(module)
-    after = library.utils.count_ops_and_params(module, one)
+            made = made._replace(module=_trained(made.module, how, bench, number == how.rounds))
+        made.module.eval()
+    _check(made.module, shapes, _shapes(made, given))
+    after = _counted(made.module, one)
     if after[1] >= before[1]:
         raise UsageError("no channel can go", where="torch_prune", remedy="a larger ratio")
     bench.say(
         f"{before[0] / 1e6:.2f} -> {after[0] / 1e6:.2f} million multiplications (torch-pruning's"
         f" count), {before[1]} -> {after[1]} parameters"
     )
-    return made
+    return made._replace(weights_sha256=torch_modules.weights_sha256(made.module))
+
+
+def _counted(module: Any, one: tuple[Any, ...]) -> tuple[float, int]:
+    """Multiplications of one sample (biases and pools among them), and parameters."""
+    macs, parameters = _library().utils.count_ops_and_params(module, one)
+    return macs, parameters
+
+
+def _pruner(module: Any, one: tuple[Any, ...], how: TorchPrune) -> Any:
+    library = _library()
+    return library.pruner.BasePruner(
+        module,
+        one,
+        importance=_importance(library, how.importance),
+        global_pruning=how.across,
+        pruning_ratio=how.ratio,
+        max_pruning_ratio=1 - how.keep_min,
+        iterative_steps=how.rounds,
+        ignored_layers=[*_named(module, how.exclude), *_of_outputs(library, module, one)],
+        round_to=how.multiple,
+    )
+
+
+def _trained(module: Any, how: TorchPrune, bench: Bench, last: bool) -> Any:
+    """Raises: ModelError where another module came back that the next round could not cut."""
+    back = torch_door.trained(module, how.train, bench.seed, bench.say, "torch_prune")
+    if back is not module and not last:
+        raise ModelError(
+            f"{how.train} returned another module, and the next round cuts the first",
+            where="torch_prune",
+            remedy="train the module in place, or rounds: 1",
+        )
+    return back
+
+
+def _check(module: Any, wanted: list[tuple[int, ...]], shapes: list[tuple[int, ...]]) -> None:
+    if shapes != wanted:
+        raise ModelError(
+            f"its outputs became {shapes}, expected {wanted}",
+            where="torch_prune",
+            remedy="name the layers that make them in `exclude`",
+        )
+    torch = torch_door.library()
+    for name, value in module.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ModelError(
+                f"weight {name!r} is not finite after training",
+                where="torch_prune",
+                remedy="a smaller learning rate",
+            )
 
 
 def _shapes(made: Module, given: Sequence[Array]) -> list[tuple[int, ...]]:
@@ -123,17 +148,6 @@ def _of_outputs(library: Any, module: Any, one: tuple[Any, ...]) -> list[Any]:
         for group in graph.get_all_groups()
         if any(dependency.target.type == output for dependency, _ in group)
     ]
-
-
-def _check_finite(module: Any) -> None:
-    torch = torch_door.library()
-    for name, value in module.state_dict().items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ModelError(
-                f"weight {name!r} is not finite after training",
-                where="torch_prune",
-                remedy="a smaller learning rate",
-            )
 
 
 def _library() -> Any:

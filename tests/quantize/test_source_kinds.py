@@ -43,6 +43,13 @@ def test_a_torch_source_without_torch_names_the_extra(
     assert "edge-runtime[quantize-torch]" in capsys.readouterr().err
 
 
+def test_a_command_that_does_not_export_says_which_do(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["sensitivity", "nets:small", "--data", str(data)]) == 2
+    assert "has to be exported first" in capsys.readouterr().err
+
+
 def test_only_a_function_or_an_exported_program_is_torch() -> None:
     assert origins.is_torch("nets:small") and origins.is_torch("/some/where/net.pt2")
     assert not origins.is_torch("net.onnx") and not origins.is_torch("C:/net.onnx")
