@@ -84,6 +84,14 @@ def test_a_clipped_range_is_named_with_variant_and_tensor() -> None:
     assert found[0].text.startswith("int8: ranges of 1 tensors") and "conv" in found[0].text
 
 
+def test_the_remedy_for_a_clipped_range_is_one_that_its_quantizer_has() -> None:
+    cut = [activation("conv", ours=0.05, nncf=0.05)]
+    found = checks.clipped(cut, {"ours": "static_int8", "nncf": "nncf_int8"})
+    ours, nncf = (one.text for one in found)
+    assert "raise the percentile" in ours
+    assert "ranges: minmax" in nncf and "percentile" not in nncf
+
+
 def test_more_samples_beyond_the_calibrated_range_than_chance_explains_are_named() -> None:
     tensors = [activation("a", 0.002), activation("b", 0.08)]
     (found,) = checks.beyond(tensors, 512)

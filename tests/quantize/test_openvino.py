@@ -14,7 +14,7 @@ import pytest
 
 from edge_runtime.backends import backend, openvino_library
 from edge_runtime.bundle import archive
-from edge_runtime.errors import BundleError, NotFoundError, UsageError
+from edge_runtime.errors import BundleError, ModelError, NotFoundError, UsageError
 from examples.fashion_mnist import outlier
 from quantize import building, causes, cli, models, passes, proposing, scratch, workflow
 from quantize.building import Built
@@ -239,7 +239,7 @@ def test_nncf_stores_weights_of_ir_in_fewer_bits(
 
 @needs_nncf
 def test_a_node_that_is_not_there_is_named(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="no_such_node"):
+    with pytest.raises(ModelError, match="no_such_node"):
         NncfInt8(exclude=("no_such_node",)).apply(CNN, tmp_path / "o.onnx", bench(data))
 
 
