@@ -87,6 +87,11 @@ class Trainings:
         if new:
             self._train(new)
         missing = [key for key in every if not self._is_made(key)]
+        for one in new:
+            if one.key in missing and one.key not in self._refusals:
+                self._say(
+                    f"{moves.pruning_label(one.variant)} is left out: too little time to train"
+                )
         return {key: Untrained(self._refusals.get(key, "")) for key in missing}
 
     def _is_made(self, key: str) -> bool:

@@ -212,6 +212,7 @@ def test_no_training_begins_that_cannot_end_in_time(given: Path, tmp_path: Path)
     wanted = [Training(name, chain(ratio)) for name, ratio in (("a", 0.25), ("b", 0.5), ("c", 0.6))]
     assert every.made(wanted) == {"c": Untrained("")}  # 20 s are left, one takes 50 s
     assert [job.key for job in executor.jobs] == ["a", "b"]
+    assert "pruned60 is left out: too little time to train" in said
     assert "pruned25: epoch 1" in said and not any(one[-3:] == "epo" for one in said)
     assert every.made(wanted[:2]) == {} and len(executor.jobs) == 2
 
