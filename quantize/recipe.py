@@ -137,7 +137,8 @@ class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         time_s_max: no trial begins after it, so a run takes at most one trial longer (with `train`
-            a training and its trials); building and judging what was found comes on top. trials_max: nor more trials than this.
+            a training and its trials); building and judging what was found comes on top.
+        trials_max: nor more trials than this.
         keep: finalists of each backend that are judged like the recipe's own variants.
         samples: of the evaluation set that a trial is judged with; 0: all. Finalists see all.
         rounds: of latency for a trial.
