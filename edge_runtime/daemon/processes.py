@@ -11,7 +11,6 @@ import os
 import signal
 from collections import Counter, deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 from edge_runtime.clock import Clock
@@ -371,10 +370,15 @@ class WorkerProcess:
 
 def _is_exiting(pid: int) -> bool:
     """Whether a child has begun to end (PF_EXITING of include/linux/sched.h, which the kernel sets
-    before it closes files; 9th field of /proc/PID/stat). 15 us, once per connection.
+    before it closes files; 9th field of /proc/PID/stat). Once per connection, also when many are
+    handed over: hence not Path.read_bytes (14 us against 8).
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            stat = os.read(fd, 1024)  # a process's is some 300 bytes
+        finally:
+            os.close(fd)
         return bool(int(stat.rpartition(b")")[2].split()[6]) & PF_EXITING)
     except (OSError, ValueError, IndexError):
         return False  # not known: as if it were well
