@@ -7,6 +7,7 @@ ACCELERATORS := .venv-accelerators
 TFLITE := .venv-tflite
 PAIRS := .venv-pairs
 QUANTIZE := .venv-quantize
+QUANTIZE_STAMP := $(QUANTIZE)/.stamp-$(or $(TORCH),plain)
 STAMP_RUN := $(VENV)/.stamp-run
 
 .PHONY: demo test test-tflite test-pairs test-accelerators test-quantize check bench soak clean install
@@ -78,8 +79,9 @@ test-accelerators: $(ACCELERATORS)/.stamp
 
 # Every library that quantizes, and a Ray cluster of this machine: 1.1 GB, so in an environment of
 # their own. TORCH=1 adds torch (0.8 GB) and the tests of torch as a source and of training
-# again after pruning; TORCH=litert also what makes .tflite of torch (2.2 GB).
-$(QUANTIZE)/.stamp: setup.cfg pyproject.toml
+# again after pruning; TORCH=litert also what makes .tflite of torch (2.2 GB). Each has a stamp, so
+# that it is installed where the others are there already.
+$(QUANTIZE_STAMP): setup.cfg pyproject.toml
 	@test -x $(QUANTIZE)/bin/python || $(PYTHON) -m venv $(QUANTIZE)
 	@echo "installing into $(QUANTIZE) ..."
 	@$(QUANTIZE)/bin/python -m pip install --quiet --disable-pip-version-check \
@@ -87,7 +89,7 @@ $(QUANTIZE)/.stamp: setup.cfg pyproject.toml
 	@touch $@
 
 comma := ,
-test-quantize: $(QUANTIZE)/.stamp
+test-quantize: $(QUANTIZE_STAMP)
 	@$(QUANTIZE)/bin/python -m pytest tests/quantize
 
 check: $(STAMP)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import configparser
+import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +86,33 @@ def test_links_between_documents_lead_somewhere() -> None:
             if "://" not in target and not (document.parent / target).exists():
                 broken.append(f"{document.relative_to(ROOT)}: {target}")
     assert broken == []
+
+
+@pytest.mark.parametrize("folder", ["edge_runtime/daemon", "edge_runtime/serving", "quantize"])
+def test_the_architecture_page_names_every_module_and_no_other(folder: str) -> None:
+    table = (ROOT / "docs/architecture.md").read_text().split(f"| in `{Path(folder).name}` |")[1]
+    named = set(re.findall(r"`(\w+)`", table.split("\n\n")[0]))
+    found = [path for path in (ROOT / folder).iterdir() if not path.name.startswith("__")]
+    assert named == {path.stem for path in found}
+
+
+def test_each_choice_of_torch_is_installed_where_another_one_is_already(tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    ours = ("MAKEFLAGS", "MAKELEVEL", "TORCH")  # of the make that runs this test
+    environ = {name: value for name, value in os.environ.items() if name not in ours}
+
+    def recipe(*settings: str) -> str:
+        command = ["make", "-n", "-C", str(ROOT), f"QUANTIZE={tmp_path}", *settings]
+        return subprocess.run(
+            [*command, "test-quantize"], capture_output=True, text=True, check=True, env=environ
+        ).stdout
+
+    (stamp,) = re.findall(r"touch (\S+)", recipe())
+    Path(stamp).touch()
+    assert "pip install" not in recipe()
+    assert "quantize-torch]" in recipe("TORCH=1")
+    assert "quantize-torch-litert]" in recipe("TORCH=litert")
 
 
 def test_the_readme_begins_with_what_it_is_and_the_two_commands() -> None:
