@@ -428,14 +428,14 @@ def test_a_slow_candidate_loses_its_requests_within_half_of_their_time(beside):
     both.share(split=1.0)
     client = both.stable.client()
     began_ns = monotonic_ns()
-    deadline_ns = began_ns + 100_000_000
+    deadline_ns = began_ns + 1_000_000_000
     client.send(infer(1.0, 1, deadline_ns=deadline_ns))
     both.stable.settle()
     company = both.stable.worker._company
-    assert 0 < company.wait_s(1.0) <= 0.05
+    assert 0 < company.wait_s(1.0) <= 0.5
     while company.splitter.waiting:
         company.turn(True)
-    assert monotonic_ns() < deadline_ns - 30_000_000
+    assert monotonic_ns() < deadline_ns - 100_000_000
     (answer,) = client.answers()
     assert version(answer) == "1"
     # It is behind: nothing more for it, until it has answered.
