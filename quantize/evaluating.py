@@ -207,12 +207,11 @@ def _joined(
     found = Evaluated(variant.name, variant.backend, "", one.precision, options, path, one.steps)
     if isinstance(got, str):
         return msgspec.structs.replace(found, refusal=got or "there is no file")
-    data = Path(found.path).read_bytes()
     found = msgspec.structs.replace(
         found,
         backend_version=got.backend_version,
-        size_bytes=len(data),
-        packed_bytes=packed_size(data),
+        size_bytes=Path(found.path).stat().st_size,
+        packed_bytes=packed_size(Path(found.path)),
         memory_bytes=got.memory_bytes,
         macs=_macs(Path(found.path)),
         placement=got.placement,
@@ -250,15 +249,22 @@ def _macs(path: Path) -> int:
         return work.macs(folded)
 
 
-def packed_size(data: bytes) -> int:
+def packed_size(path: Path) -> int:
     """Bytes of the file when compressed; of one over PACKED_BYTES_MAX an estimate."""
-    if len(data) <= PACKED_BYTES_MAX:
-        return len(lzma.compress(data, preset=LZMA_PRESET))
-    size = PACKED_BYTES_MAX // PACKED_PIECES
-    last = len(data) - size
-    starts = [last * piece // (PACKED_PIECES - 1) for piece in range(PACKED_PIECES)]
-    sample = b"".join(data[start : start + size] for start in starts)
-    return round(len(lzma.compress(sample, preset=LZMA_PRESET)) * len(data) / len(sample))
+    whole = path.stat().st_size
+    with path.open("rb") as file:
+        if whole <= PACKED_BYTES_MAX:
+            return _compressed_size(file.read())
+        size = PACKED_BYTES_MAX // PACKED_PIECES
+        pieces = []
+        for piece in range(PACKED_PIECES):
+            file.seek((whole - size) * piece // (PACKED_PIECES - 1))
+            pieces.append(file.read(size))
+    return round(_compressed_size(b"".join(pieces)) * whole / PACKED_BYTES_MAX)
+
+
+def _compressed_size(data: bytes) -> int:
+    return len(lzma.compress(data, preset=LZMA_PRESET))
 
 
 def _scored(judge: Judge, got: Served, reference: Served | str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What a model file says of itself, read by the same lint that a device uses.
 
 Law of this file: a path in, values out; nothing is loaded. What lint refuses here would be refused
-on every device, so it is refused before hours are spent on it. OpenVINO IR is two files and an
-artifact is one: it is packed here, as `bundle create` does, and from then on is one file too.
+on every device, so it is refused before hours are spent on it. An artifact is one file: OpenVINO
+IR, which is two, and ONNX with weights in other files become one here, and stay one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from edge_runtime.bundle import create, lint, source
-from edge_runtime.bundle.onnx_graph import Value
+from edge_runtime.bundle.onnx_graph import OnnxGraph, Value
 from edge_runtime.errors import BundleError, NotFoundError, UsageError
 from edge_runtime.tensors import TensorSpec
-from quantize import recipe
+from quantize import onnx_door, recipe
 from quantize.passes import FLOAT, INTEGER, ONNX, OPENVINO, SMALL_WEIGHTS, TFLITE
 
 # What lint calls a format -> the trait of passes, and the ending of files of it.
@@ -36,7 +36,8 @@ class ModelFile(NamedTuple):
     """A model file.
 
     Attributes:
-        path: of the artifact: of an .xml the packed file, which lasts as long as this process.
+        path: of the artifact. Of a model in several files that is one file made of them, which
+            lasts as long as this process.
         batch_axis: 0 if the first axis of every input and output is free, else None.
         precision: as `bundle create` would name it.
         traits: what it is, for passes.
@@ -71,6 +72,9 @@ def read(path: Path) -> ModelFile:
         raise NotFoundError("there is no such model", where=str(path))
     path = _as_artifact(path)
     artifact = lint.lint_artifact(source.from_path(path.resolve()), path.name)
+    if isinstance(artifact.graph, OnnxGraph) and artifact.graph.external_data:
+        path = _whole(path.resolve(), onnx_door.parts(path))
+        artifact = lint.lint_artifact(source.from_path(path), path.name)
     lint.refuse(list(artifact.findings))
     if artifact.format not in FORMATS:
         raise UsageError(
@@ -104,9 +108,17 @@ def _packed(path: Path, _changed_ns: tuple[int, ...]) -> Path:
 
 
 @functools.cache
+def _whole(path: Path, _parts: tuple[onnx_door.Part, ...]) -> Path:
+    """Made once of the same files. Raises: ModelError."""
+    whole = Path(tempfile.mkdtemp(dir=_folder().name)) / path.name
+    onnx_door.join(path, whole)
+    return whole
+
+
+@functools.cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
     """Goes when the process does."""
-    return tempfile.TemporaryDirectory(prefix="edge-quantize-ir-")
+    return tempfile.TemporaryDirectory(prefix="edge-quantize-whole-")
 
 
 def _refuse_torch(path: Path) -> None:

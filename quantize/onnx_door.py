@@ -7,11 +7,13 @@ library becomes ours here.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from edge_runtime.errors import ModelError, UsageError
+from edge_runtime.errors import ModelError, NotFoundError, UsageError
+
+PROTOBUF_BYTES_MAX = 1 << 31  # of one message, and an ONNX file is one
 
 
 def library() -> Any:
@@ -32,6 +34,59 @@ def load(path: Path) -> Any:
         return onnx.load(str(path), load_external_data=False)
     except Exception as e:
         raise ModelError(f"is not an ONNX model: {_brief(e)}", where=str(path)) from e
+
+
+class Part(NamedTuple):
+    """A file that holds weights of a model that lies beside it."""
+
+    path: Path
+    size_bytes: int
+    changed_ns: int
+
+
+def parts(path: Path) -> tuple[Part, ...]:
+    """The other files that a model's weights lie in. Raises: ModelError, NotFoundError."""
+    external = library().external_data_helper
+    model = load(path)
+    infos = (
+        external.ExternalDataInfo(one)
+        for one in external._get_all_tensors(model)  # those of nodes and subgraphs too
+        if external.uses_external_data(one)
+    )
+    found = [path.resolve().parent / name for name in sorted({one.location for one in infos})]
+    for one in found:
+        if not one.is_file():
+            raise NotFoundError(
+                "there is no such file, and the model keeps weights in it",
+                where=str(one),
+                remedy=f"put it beside {path.name} under this name",
+            )
+    stats = [(one, one.stat()) for one in found]
+    return tuple(Part(one, stat.st_size, stat.st_mtime_ns) for one, stat in stats)
+
+
+def join(path: Path, out: Path) -> None:
+    """Write a model that keeps weights in other files as one file; nothing else is changed.
+
+    Raises:
+        ModelError: it is too large for one file, or a file does not hold what the model says.
+    """
+    onnx = library()
+    size = path.stat().st_size + sum(one.size_bytes for one in parts(path))
+    if size >= PROTOBUF_BYTES_MAX:
+        raise ModelError(
+            f"has {size} bytes with the weights that it keeps in other files",
+            where=str(path),
+            expected=f"less than {PROTOBUF_BYTES_MAX}: a device is given one file, and ONNX bounds"
+            " it so",
+            remedy="export it in float16, or in parts",
+        )
+    try:
+        onnx.save(onnx.load(str(path)), str(out))
+    except Exception as e:
+        raise ModelError(
+            f"the weights in other files cannot be read: {_brief(e)}", where=str(path)
+        ) from e
 
 
 def save(model: Any, path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime.errors import UsageError
+from edge_runtime.errors import ModelError, NotFoundError, UsageError
 from quantize import cli, models, origins, recipe
 from quantize.recipe import Data, Recipe
 
@@ -68,3 +68,74 @@ def test_two_files_of_one_model_must_have_the_same_inputs(data: Path) -> None:
     given = Recipe("net", str(EXAMPLE / "fp32.onnx"), Data(str(data)), also=also)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"expected those of fp32\.onnx"):
         origins.read(given)
+
+
+# --- an ONNX model whose weights lie in another file ----------------------------------------------
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Path:
+    """The example's model as torch writes large ones: .onnx and .onnx.data."""
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "net.onnx"
+    model = onnx.load(str(EXAMPLE / "fp32.onnx"))
+    onnx.save(
+        model, str(path), save_as_external_data=True, location="net.onnx.data", size_threshold=0
+    )
+    return path
+
+
+def test_weights_in_another_file_are_made_one_file_with_the_same_answers(apart: Path) -> None:
+    backend = pytest.importorskip("edge_runtime.backends").backend("onnxruntime")
+    read = models.read(apart)
+    assert read.path != apart and read.path.stat().st_size > 100_000
+    assert models.read(apart).path == read.path, "made once"
+    feeds = {read.inputs[0].name: np.ones((2, 1, 28, 28), np.float32)}
+    want = backend.load(EXAMPLE / "fp32.onnx", {}).run(feeds)
+    have = backend.load(read.path, {}).run(feeds)
+    assert all(np.array_equal(want[name], have[name]) for name in want)
+
+
+def test_after_the_weights_changed_the_file_is_made_anew(apart: Path) -> None:
+    data = apart.with_name("net.onnx.data")
+    before = models.read(apart).path.read_bytes()
+    data.write_bytes(bytes(data.stat().st_size))
+    assert models.read(apart).path.read_bytes() != before
+
+
+def test_a_missing_file_of_weights_is_named(apart: Path) -> None:
+    apart.with_name("net.onnx.data").rename(apart.with_name("other.data"))
+    with pytest.raises(NotFoundError, match=r"keeps weights in it") as caught:
+        models.read(apart)
+    assert caught.value.where.endswith("net.onnx.data")
+
+
+def test_weights_that_do_not_fit_into_one_file_are_refused_before_they_are_read(
+    apart: Path,
+) -> None:
+    with apart.with_name("net.onnx.data").open("r+b") as file:
+        file.truncate(1 << 31)  # a hole: it takes no room
+    with pytest.raises(ModelError, match=r"has 2147\d+ bytes with the weights"):
+        models.read(apart)
+
+
+def test_a_file_of_weights_that_was_cut_off_is_said(apart: Path) -> None:
+    with apart.with_name("net.onnx.data").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ModelError, match="weights in other files cannot be read"):
+        models.read(apart)
+
+
+def test_a_model_in_two_files_goes_from_auto_into_a_bundle_of_single_files(
+    apart: Path, data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    recipe_file = tmp_path / "r.yaml"
+    recipe_file.write_text(
+        f"name: net\nsource: {apart.name}\ndata: {{path: {data.name}}}\n"
+        "budgets: {drop_max: 1.0, speedup_min: 0}\nevaluation: {samples: 40, rounds: 5}\n"
+        "variants: [{name: int8, backend: onnxruntime, passes: [{use: clean}, {use: static_int8}]}]"
+    )
+    out = tmp_path / "net.bundle"
+    assert cli.main(["run", str(recipe_file), "-o", str(out)]) == 0
+    assert out.exists()
