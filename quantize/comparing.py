@@ -147,19 +147,20 @@ def model_files(
         got = [_answers(daemon, one, whole, say) for one in candidates]
     main = [list(one.outputs.values())[place] for one in got]
     points = [judged.metric.score(one, judged.labels, main[0]) for one in main]
+    is_share, seed = judged.metric.is_share, evaluation.seed
     say("measuring latency")
     times = _times(candidates, whole)
     found = [
         Side(
             str(path),
             f"{one.backend} {answer.backend_version}",
-            scores.interval(each, confidence, evaluation.seed, whole.groups),
+            scores.interval(each, confidence, seed, whole.groups, is_share=is_share),
             time.p50_ms,
             one.path.stat().st_size,
         )
         for path, one, answer, each, time in zip(paths, candidates, got, points, times, strict=True)
     ]
-    loss = scores.difference(points[0], points[1], confidence, evaluation.seed, whole.groups)
+    loss = scores.difference(*points, confidence, seed, whole.groups, is_share=is_share)
     speedup = latency.ratio(times[0], times[1])
     groups = 0 if whole.groups is None else whole.units
     faults = [f"{one.fault}: {one.text}" for one in datasets.repeated(whole)]

@@ -274,11 +274,12 @@ def _scored(judge: Judge, got: Served, reference: Served | str) -> dict[str, Any
     if bad:
         return {"refusal": f"{verdict.WORSE}: NaN (no number) for {bad} of {len(want)} samples"}
     confidence, seed = judge.recipe.budgets.confidence, judge.recipe.evaluation.seed
+    groups, is_share = judge.data.groups, judge.metric.is_share
     mine = judge.metric.score(got.outputs[judge.output], judge.data.labels, want)
     theirs = judge.metric.score(want, judge.data.labels, want)
     return {
-        "score": scores.interval(mine, confidence, seed, judge.data.groups),
-        "against": scores.difference(theirs, mine, confidence, seed, judge.data.groups),
+        "score": scores.interval(mine, confidence, seed, groups, is_share=is_share),
+        "against": scores.difference(theirs, mine, confidence, seed, groups, is_share=is_share),
     }
 
 

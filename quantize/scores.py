@@ -72,6 +72,11 @@ class Metric(NamedTuple):
     unit: str
     needs_labels: bool
 
+    @property
+    def is_share(self) -> bool:
+        """Whether a score lies in 0..1, so that 0 is a sample lost and no error of none."""
+        return self.unit == "share"
+
 
 def metric(name: str, k: int = 5, function: Callable[..., Array] | None = None) -> Metric:
     """The metric of that name (recipe.METRICS without auto).
@@ -136,7 +141,8 @@ def in_top(outputs: Array, labels: Array | None, k: int) -> Array:
     if k == 1:
         return top1(outputs, labels)
     flat = outputs.reshape(len(outputs), -1)
-    best = np.argpartition(-flat, min(k, flat.shape[1] - 1), axis=1)[:, :k]
+    # Floats first: minus the smallest of an int8 or uint8 is itself.
+    best = np.argpartition(-_rows(outputs), min(k, flat.shape[1] - 1), axis=1)[:, :k]
     hit = (best == labels.reshape(len(flat), -1)[:, :1]).any(axis=1)
     return _floats(hit & (classes(outputs) >= 0))
 
@@ -258,16 +264,22 @@ def _log_softmax(logits: Array) -> Array:
 
 
 def interval(
-    scores: Array, confidence: float, seed: int = 0, groups: Array | None = None
+    scores: Array,
+    confidence: float,
+    seed: int = 0,
+    groups: Array | None = None,
+    *,
+    is_share: bool = True,
 ) -> Interval:
     """The mean score: Wilson's interval where scores are 0 or 1, else the wider of two (`_means`).
 
     Args:
         groups: [samples], which belong together (`clusters`); None: each sample is its own.
+        is_share: Metric.is_share. Without it zeros alone are errors of none, not hits and misses.
     """
     count, value = float(len(scores)), float(scores.mean())
     quantiles = (0.5 - confidence / 2, 0.5 + confidence / 2)
-    if _is_binary(scores):
+    if _is_binary(scores, is_share):
         if groups is not None:
             count = clusters.effective(scores, groups, quantiles[1])
         z = NormalDist().inv_cdf(quantiles[1])
@@ -285,17 +297,19 @@ def difference(
     confidence: float,
     seed: int = 0,
     groups: Array | None = None,
+    *,
+    is_share: bool = True,
 ) -> Difference:
     """What the variant loses, from scores of the same samples in the same order.
 
     Args:
-        groups: as of `interval`. With them the test counts groups that lose, not samples.
+        groups, is_share: as of `interval`. With groups the test counts groups that lose, not samples.
     """
     assert reference.shape == variant.shape, "paired scores"
     lost = reference - variant
     worse, better = int((lost > 0).sum()), int((lost < 0).sum())
     quantiles = (0.5 - confidence / 2, 0.5 + confidence / 2, confidence)
-    if _is_binary(reference) and _is_binary(variant):
+    if _is_binary(np.concatenate([reference, variant]), is_share):
         low, high, bound = (_paired(lost, q, groups) for q in quantiles)
     else:
         low, high, bound = _means(lost, quantiles, seed, groups)
@@ -354,8 +368,8 @@ def sign_test(worse: int, better: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def _is_binary(scores: Array) -> bool:
-    return bool(np.isin(scores, (0.0, 1.0)).all())
+def _is_binary(scores: Array, is_share: bool) -> bool:
+    return bool(np.isin(scores, (0.0, 1.0)).all()) and (is_share or bool(scores.any()))
 
 
 def _means(

@@ -127,3 +127,29 @@ def test_a_callable_metric_that_fails_or_returns_something_else_is_named() -> No
     ):
         with pytest.raises(UsageError, match=says):
             scores.metric("callable", function=function).score(outputs, None, outputs)
+
+
+@pytest.mark.parametrize("datatype", [np.int8, np.uint8, np.float32])
+def test_the_smallest_integer_is_not_among_the_largest(datatype: type) -> None:
+    least = np.iinfo(datatype).min if datatype is not np.float32 else 0
+    answers = np.array([[least, 5, 9, 1]], datatype)
+    hits = [scores.in_top(answers, np.array([label]), 2).tolist() for label in range(4)]
+    assert hits == [[0], [1], [1], [0]]
+
+
+@pytest.mark.parametrize("name", ["kl", "mse", "nmse", "cosine"])
+def test_equal_answers_lose_nothing_by_an_error_metric_however_few(name: str) -> None:
+    answers = np.random.Generator(np.random.PCG64(0)).normal(size=(20, 10)).astype(np.float32)
+    metric = scores.metric(name)
+    each = metric.score(answers, None, answers)
+    lost = scores.difference(each, each, 0.95, is_share=metric.is_share)
+    assert lost.drop == lost.bound == 0
+    value = scores.interval(each, 0.95, is_share=metric.is_share)
+    assert value.low == pytest.approx(value.high)
+
+
+def test_equal_hits_of_few_samples_prove_little() -> None:
+    hits = np.zeros(20), np.ones(20)
+    assert scores.metric("top1").is_share and scores.metric("agreement").is_share
+    assert all(scores.difference(one, one, 0.95).bound > 0.1 for one in hits)
+    assert scores.difference(hits[1], hits[1], 0.95, is_share=False).bound > 0.1  # a callable's
