@@ -8,6 +8,7 @@ each fault here leaves the float model right and its int8 variants wrong, or wro
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,18 +48,33 @@ PER_CLASS_MIN = 5
 DUPLICATES_SHARE = 0.01
 # Scale and order are seen in so many samples, evenly spread: their means are known to 2 %.
 LOOKED_AT_MAX = 2000
+VALUES_MAX = 1_000_000
+# The deviation of fewer groups is too rough for a chi-square.
+GROUPS_MIN = 10
 NAMED = 3  # of many tensors or classes, so many are named
 
 
-def inputs(calibration: Mapping[str, Samples], evaluation: Mapping[str, Samples]) -> list[Finding]:
-    """Scale and channel order of each input; [samples, ...] each."""
+def inputs(
+    calibration: Mapping[str, Samples],
+    evaluation: Mapping[str, Samples],
+    groups: tuple[Array | None, Array | None] = (None, None),
+) -> list[Finding]:
+    """Scale and channel order of each input; [samples, ...] each.
+
+    Args:
+        groups: of both sets, see datasets.Dataset.
+    """
     found: list[Finding] = []
     for name, given in calibration.items():
         if given.dtype.kind not in "fiu" or not rows.size_bytes(given):
             continue
-        mine, other = (rows.spread(one, LOOKED_AT_MAX) for one in (given, evaluation[name]))
-        wrong = [*_scale(name, mine, other)] or [*_channel_order(name, mine, other)]
-        found += wrong
+        pair = given, evaluation[name]
+        mine, other = (rows.spread(one, LOOKED_AT_MAX) for one in pair)
+        looked = [
+            None if group is None else rows.spread(group, len(seen))
+            for group, seen in zip(groups, (mine, other), strict=True)
+        ]
+        found += [*_scale(name, mine, other)] or [*_channel_order(name, (mine, other), looked)]
     return found
 
 
@@ -84,16 +100,29 @@ def _scale(name: str, mine: Array, other: Array) -> Iterator[Finding]:
 
 
 def _largest(array: Array) -> float:
-    """The size that one value in a thousand reaches: one odd pixel is no scale."""
-    return float(np.quantile(np.abs(array.reshape(-1)[:: max(array.size // 1_000_000, 1)]), 0.999))
+    """The size that one value in a thousand reaches: one odd pixel is no scale.
+
+    Zeros do not count: where nearly all are, as in one-hot rows, the others say how large it is.
+    """
+    few = np.abs(rows.thinned(array, VALUES_MAX).astype(np.float64))
+    few = few[few > 0]
+    return float(np.quantile(few, 0.999)) if len(few) else 0.0
 
 
-def _channel_order(name: str, mine: Array, other: Array) -> Iterator[Finding]:
-    axis = channel_axis(mine.shape)
-    if axis is None or len(mine) < 2 or len(other) < 2:
+def _channel_order(
+    name: str, pair: tuple[Array, Array], groups: Sequence[Array | None]
+) -> Iterator[Finding]:
+    shape = pair[0].shape
+    axis = channel_axis(shape)
+    if axis is None:
         return
-    ours, theirs = _by_channel(mine, axis), _by_channel(other, axis)
-    count = mine.shape[axis]
+    ours, theirs = (
+        _by_group(_by_channel(one, axis), group) for one, group in zip(pair, groups, strict=True)
+    )
+    least = [2 if group is None else GROUPS_MIN for group in groups]
+    if len(ours) < least[0] or len(theirs) < least[1]:
+        return
+    count = shape[axis]
     misfit = {order: _misfit(ours, theirs, order) for order in itertools.permutations(range(count))}
     given = misfit.pop(tuple(range(count)))
     best = min(misfit, key=lambda order: misfit[order])
@@ -124,6 +153,16 @@ def _by_channel(array: Array, axis: int) -> Array:
     sums = [one(flat, axis=2, dtype=np.float64) for one in (np.mean, np.std)]
     both = np.stack(sums, axis=1)
     return np.asarray(both - both.mean(axis=2, keepdims=True))
+
+
+def _by_group(values: Array, groups: Array | None) -> Array:
+    """A mean for each group: a hundred frames of one video are one lamp. [groups, ...]"""
+    if groups is None:
+        return values
+    codes = np.unique(groups, return_inverse=True)[1].reshape(-1)
+    found = np.zeros((codes.max() + 1, *values.shape[1:]))
+    np.add.at(found, codes, values)
+    return found / np.bincount(codes).reshape(-1, *[1] * (values.ndim - 1))
 
 
 def _misfit(mine: Array, other: Array, order: tuple[int, ...]) -> float:
@@ -184,15 +223,19 @@ def few(samples: int) -> list[Finding]:
     ]
 
 
-def beyond(activations: Sequence[Activation], samples: int) -> list[Finding]:
+def beyond(activations: Sequence[Activation], samples: int, judged: int) -> list[Finding]:
     """Whether evaluation samples leave the calibrated ranges more often than chance explains.
 
-    If both sets are drawn alike, a share s of new samples is beyond the largest of n with
-    probability (1 - s)^n, whatever the distribution.
+    Args:
+        samples, judged: that showed the range, that were looked at; groups where there are some.
     """
-    tests = max(2 * len(activations), 1)
+    alarm = ALARM / max(len(activations), 1)
     worst = sorted(
-        (one for one in activations if (1 - one.beyond) ** samples < ALARM / tests),
+        (
+            one
+            for one in activations
+            if leaving(round(one.beyond * judged), judged, samples) < alarm
+        ),
         key=lambda one: -one.beyond,
     )
     if not worst:
@@ -205,6 +248,26 @@ def beyond(activations: Sequence[Activation], samples: int) -> list[Finding]:
             f" tensors more samples leave the calibrated range than one in {samples + 1} ({named})",
         )
     ]
+
+
+def leaving(count: int, judged: int, samples: int) -> float:
+    """The chance that `count` or more of `judged` new samples leave the range of so many samples.
+
+    If both are drawn alike the share outside has a Beta(2, samples - 1) distribution, whatever that
+    of the values (Wilks 1941), and the count a beta-binomial one; ties only make it rarer.
+    """
+    if count < 1 or samples < 2:
+        return 1.0
+    ways = math.lgamma(judged + 1) + math.lgamma(samples + 1) - math.lgamma(samples - 1)
+    ways -= math.lgamma(judged + samples + 1)
+    logs = [
+        math.log(out + 1)
+        + math.lgamma(judged - out + samples - 1)
+        - math.lgamma(judged - out + 1)
+        + ways
+        for out in range(count, judged + 1)
+    ]
+    return min(math.fsum(map(math.exp, logs)), 1.0)
 
 
 REMEDY = "raise the percentile, or use minmax"

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quantize import checks, litert_door, onnx_door, onnxruntime_door, ranges, tflite_ops
+from quantize import checks, clusters, litert_door, onnx_door, onnxruntime_door, ranges, tflite_ops
 from quantize.building import Built
 from quantize.datasets import Dataset, Split
 from quantize.models import ModelFile
 from quantize.passes import ONNX, TFLITE, Bench, Feeds, Say
 from quantize.ranges import Histogram
 from quantize.results import Activation, Clipping, Finding
+from quantize.rows import thinned
 
 Array = np.ndarray[Any, Any]
 
@@ -58,14 +59,15 @@ def observe(
     Args:
         answers: the float model's for the evaluation samples. output: the one that is judged.
     """
-    found = checks.inputs(split.calibration.inputs, split.evaluation.inputs)
+    groups = split.calibration.groups, split.evaluation.groups
+    found = checks.inputs(split.calibration.inputs, split.evaluation.inputs, groups)
     kept = _ranges(source, built)
     activations: tuple[Activation, ...] = ()
     if source.format in _LOOKING and kept:
         say("looking at what quantized tensors hold")
         activations = _activations(source, split, kept)
     if not found:  # else the rest follows from it
-        found = _of_ranges(activations, split.calibration)
+        found = _of_ranges(activations, split)
     makers = {one.variant.name: str(one.steps[-1]["use"]) for one in built if one.steps}
     found += checks.clipped(activations, makers)
     found += _of_labels(split.evaluation, answers[output])
@@ -73,9 +75,15 @@ def observe(
     return Observed(activations, tuple(found))
 
 
-def _of_ranges(activations: Sequence[Activation], calibration: Dataset) -> list[Finding]:
-    used = min(calibration.units, SAMPLES_MAX)  # views of one photograph show its ranges once
-    return checks.few(len(calibration)) or checks.beyond(activations, used)
+def _of_ranges(activations: Sequence[Activation], split: Split) -> list[Finding]:
+    # Views of one photograph show its ranges once.
+    used, judged = (
+        min(len(one), SAMPLES_MAX)
+        if one.groups is None
+        else clusters.count(one.groups[:SAMPLES_MAX])
+        for one in (split.calibration, split.evaluation)
+    )
+    return checks.few(len(split.calibration)) or checks.beyond(activations, used, judged)
 
 
 def _of_labels(data: Dataset, answers: Array) -> list[Finding]:
@@ -187,9 +195,9 @@ def _counts(
     source: ModelFile, feeds: Feeds, wanted: set[str], edges: Mapping[str, tuple[float, float]]
 ) -> dict[str, Histogram]:
     found: dict[str, Histogram] = {}
-    for rows, values in _values(source, feeds, wanted):
+    for count, values in _values(source, feeds, wanted):
         for name, value in values.items():
-            flat = value.reshape(-1)[:: max(value.size // (rows * VALUES_MAX), 1)]
+            flat = thinned(value, count * VALUES_MAX)
             found[name] = ranges.counted(found.get(name), flat, *edges[name])
     return found
 

@@ -97,6 +97,18 @@ def pieces(array: Samples) -> Iterator[Array]:
         yield np.asarray(array[first : first + step])
 
 
+def thinned(array: Array, most: int) -> Array:
+    """Every k-th of an array's values, flat, about `most` or less; all where there are no more.
+
+    No step divides an axis: of [samples, height, width, 3] each third value would be red.
+    """
+    flat = array.reshape(-1)
+    step = -(-flat.size // most)
+    while step > 1 and math.gcd(step, flat.size) > 1:
+        step += 1
+    return flat[::step]
+
+
 def spread(array: Samples, most: int) -> Array:
     """At most so many samples and HELD_BYTES_MAX (but two at least), evenly spread over all."""
     fit = HELD_BYTES_MAX * len(array) // max(size_bytes(array), 1)

@@ -23,13 +23,11 @@ SAMPLES_MAX = 2_000_000  # values looked at per tensor: enough for every edge to
 
 
 def sketch(values: Array) -> dict[str, Any]:
-    """Edges [BINS + 1], counts [BINS + 2] (below, bins, above), and moments of all values."""
-    flat = values.reshape(-1).astype(np.float64)
+    """Edges [BINS + 1], counts [BINS + 2] (below, bins, above), and moments of those looked at."""
+    flat = rows.thinned(values, SAMPLES_MAX).astype(np.float64)
     flat = flat[np.isfinite(flat)]  # a log of zero has no place among edges
     if not len(flat):
         return {"count": 0, "mean": 0.0, "std": 0.0, "edges": [], "counts": []}
-    if len(flat) > SAMPLES_MAX:
-        flat = flat[:: len(flat) // SAMPLES_MAX + 1]
     low, high = (float(one) for one in np.quantile(flat, (0.001, 0.999)))
     edges = np.linspace(low, high if high > low else low + 1e-9, BINS + 1)
     inside, _ = np.histogram(flat, bins=edges)

@@ -73,6 +73,34 @@ def test_pixels_whose_mean_was_taken_off_in_one_set_only_are_named() -> None:
     assert found.fault == checks.SCALE and "negative in the calibration set" in found.text
 
 
+@pytest.mark.parametrize("width", [500, 1000])
+def test_rows_that_are_nearly_all_zero_raise_no_alarm(width: int) -> None:
+    for seed in range(10):
+        rng = np.random.Generator(np.random.PCG64(seed))
+        mine, other = ((rng.random((n, width)) < 0.001).astype(np.float32) for n in (200, 400))
+        assert checks.inputs({"words": mine}, {"words": other}) == []
+    (found,) = checks.inputs({"words": mine * 255}, {"words": other})
+    assert found.fault == checks.SCALE
+
+
+def recordings(count: int, seed: int, tilt: Array) -> tuple[Array, Array]:
+    """Windows of a sensor of three axes, 20 of each recording, each at its own angle."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    angle = tilt + rng.normal(0, 0.5, (count, 3))
+    windows = angle.repeat(20, axis=0)[:, :, None] + rng.normal(0, 1, (20 * count, 3, 30))
+    return windows.astype(np.float32), np.arange(count).repeat(20)
+
+
+def test_recordings_at_other_angles_are_no_swapped_channels() -> None:
+    alike, tilted = np.zeros(3), np.array([1.0, 0.2, -1.0])
+    for seed in range(10):
+        (mine, ours), (other, theirs) = (recordings(12, 2 * seed + i, alike) for i in (0, 1))
+        assert checks.inputs({"x": mine}, {"x": other}, (ours, theirs)) == []
+    (mine, ours), (other, theirs) = recordings(12, 1, tilted), recordings(30, 2, tilted)
+    (found,) = checks.inputs({"x": mine[:, ::-1]}, {"x": other}, (ours, theirs))
+    assert found.fault == checks.CHANNEL_ORDER
+
+
 def activation(name: str = "t", beyond: float = 0.0, **cut: float) -> Activation:
     clippings = {variant: Clipping(0.0, 1.0, share, share) for variant, share in cut.items()}
     return Activation(name, 0.0, 2.0, (1,), (1,), (0.0, 2.0), beyond, clippings)
@@ -94,21 +122,40 @@ def test_the_remedy_for_a_clipped_range_is_one_that_its_quantizer_has() -> None:
 
 def test_more_samples_beyond_the_calibrated_range_than_chance_explains_are_named() -> None:
     tensors = [activation("a", 0.002), activation("b", 0.08)]
-    (found,) = checks.beyond(tensors, 512)
+    (found,) = checks.beyond(tensors, 512, 512)
     assert found.fault == checks.TRUNCATED and "b 8%" in found.text
     assert "a " not in found.text.partition("(")[2]
 
 
-@given(st.integers(50, 512), st.integers(0, 100_000))
+@given(st.integers(50, 512), st.integers(2, 512), st.integers(0, 100_000))
 @settings(max_examples=60, deadline=None)
-def test_ranges_of_samples_of_one_kind_raise_no_alarm(count: int, seed: int) -> None:
+def test_ranges_of_samples_of_one_kind_raise_no_alarm(count: int, judged: int, seed: int) -> None:
     rng = np.random.Generator(np.random.PCG64(seed))
     tensors = []
     for number in range(20):
-        values = rng.standard_t(2, count + 512)  # heavy tails: the largest says little
-        outside = float((values[count:] > values[:count].max()).mean())
-        tensors.append(activation(str(number), outside))
-    assert checks.beyond(tensors, count) == []
+        values = rng.standard_t(2, count + judged)  # heavy tails: the largest says little
+        shown = values[:count]
+        outside = (values[count:] > shown.max()) | (values[count:] < shown.min())
+        tensors.append(activation(str(number), float(outside.mean())))
+    assert checks.beyond(tensors, count, judged) == []
+
+
+def test_the_chance_to_leave_a_range_is_that_of_draws_from_one_urn() -> None:
+    """Which of 60 + 30 alike samples are the largest and smallest is a matter of order alone."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    values = rng.random((20_000, 90))
+    shown, new = values[:, :60], values[:, 60:]
+    low, high = shown.min(axis=1, keepdims=True), shown.max(axis=1, keepdims=True)
+    outside = ((new < low) | (new > high)).sum(axis=1)
+    for count in (1, 2, 4):
+        seen = float((outside >= count).mean())
+        assert checks.leaving(count, 30, 60) == pytest.approx(seen, abs=0.01)
+    assert checks.leaving(0, 30, 60) == 1 and checks.leaving(31, 30, 60) == 0
+
+
+def test_a_part_of_the_classes_in_one_set_leaves_its_ranges() -> None:
+    assert checks.beyond([activation("a", 0.1)], 512, 200)
+    assert not checks.beyond([activation("a", 0.1)], 512, 20)  # two samples of twenty
 
 
 def test_too_few_samples_are_named_with_how_often_their_range_is_left() -> None:

@@ -289,3 +289,14 @@ def test_samples_for_a_model_that_takes_several_at_a_time_are_refused_with_what_
     with pytest.raises(UsageError, match="has shape") as caught:
         datasets.load(saved(tmp_path, x=X), (TensorSpec("x", "FP32", (4, 4)),))
     assert "4 samples at a time" in caught.value.remedy
+
+
+@pytest.mark.parametrize("shape", [(50, 40, 40, 3), (7, 1000), (1000,), (64, 32, 32, 64)])
+@pytest.mark.parametrize("most", [1000, 30_000, 1 << 20])
+def test_a_part_of_the_values_shows_all_channels_alike(shape: tuple[int, ...], most: int) -> None:
+    channels = np.broadcast_to(np.arange(shape[-1]), shape)
+    few = rows.thinned(channels, most)
+    assert len(few) <= most and len(few) >= min(channels.size, most) / 2
+    if len(few) > 20 * shape[-1]:
+        counts = np.bincount(few, minlength=shape[-1])
+        assert counts.min() > 0.8 * counts.max()
