@@ -303,7 +303,7 @@ def difference(
     """What the variant loses, from scores of the same samples in the same order.
 
     Args:
-        groups, is_share: as of `interval`. With groups the test counts groups that lose, not samples.
+        groups, is_share: as of `interval`. With groups the test counts those that lose.
     """
     assert reference.shape == variant.shape, "paired scores"
     lost = reference - variant
