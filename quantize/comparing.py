@@ -160,7 +160,9 @@ def model_files(
         )
         for path, one, answer, each, time in zip(paths, candidates, got, points, times, strict=True)
     ]
-    loss = scores.difference(*points, confidence, seed, whole.groups, is_share=is_share)
+    loss = scores.difference(
+        points[0], points[1], confidence, seed, whole.groups, is_share=is_share
+    )
     speedup = latency.ratio(times[0], times[1])
     groups = 0 if whole.groups is None else whole.units
     faults = [f"{one.fault}: {one.text}" for one in datasets.repeated(whole)]
