@@ -217,12 +217,15 @@ def _values(source: ModelFile, feeds: Feeds, wanted: set[str]) -> Iterator[tuple
 
 
 def _onnx_ranges(path: Path, source: Path) -> dict[str, tuple[float, float]]:
+    """A range before a Relu or Clip cuts off what that leaves; both together are the narrower."""
     made = onnx_door.load(path)
-    swallowed = (
-        onnx_door.swallowed(onnx_door.load(source), made) if source.suffix == ".onnx" else {}
-    )
-    found = onnx_door.quantized_ranges(made)
-    return {swallowed.get(name, name): span for name, span in found.items()}
+    limited = onnx_door.limited(onnx_door.load(source), made) if source.suffix == ".onnx" else {}
+    found: dict[str, tuple[float, float]] = {}
+    for tensor, (low, high) in onnx_door.quantized_ranges(made).items():
+        name = limited.get(tensor, tensor)
+        least, most = found.get(name, (low, high))
+        found[name] = max(least, low), min(most, high)
+    return found
 
 
 def _tflite_ranges(path: Path, _: Path) -> dict[str, tuple[float, float]]:

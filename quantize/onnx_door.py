@@ -6,6 +6,7 @@ library becomes ours here.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,16 +195,20 @@ def quantized_ranges(model: Any) -> dict[str, tuple[float, float]]:
     return found
 
 
-def swallowed(source: Any, made: Any) -> dict[str, str]:
-    """By a node's output the output of the Relu or Clip behind it that `made` has no more.
+def limited(source: Any, made: Any) -> dict[str, str]:
+    """By a node's output the output of the Relu or Clip behind it, where that alone counts.
 
-    A range of integers that begins at 0 does the same, so quantizers leave it out.
+    It is so where nothing else reads the first, and where `made` has no such Relu or Clip any more:
+    a range of integers that ends where it does does the same, so quantizers leave it out.
     """
     there = {name.removesuffix(_INTEGERS) for node in made.graph.node for name in node.output}
+    readers = Counter(name for node in source.graph.node for name in _reads(node))
+    readers.update(one.name for one in source.graph.output)
     return {
         node.input[0]: node.output[0]
         for node in source.graph.node
-        if node.op_type in ("Relu", "Clip") and node.output[0] not in there
+        if node.op_type in ("Relu", "Clip")
+        and (readers[node.input[0]] == 1 or node.output[0] not in there)
     }
 
 

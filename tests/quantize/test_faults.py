@@ -198,6 +198,19 @@ def test_integer_operators_say_the_same_ranges_as_pairs(tmp_path: Path) -> None:
     assert len(common) >= 5 and all(seen["qdq"][one] == seen["qoperator"][one] for one in common)
 
 
+def test_a_range_before_a_clip_is_not_clipped_by_what_the_clip_cuts_off_itself(
+    tmp_path: Path,
+) -> None:
+    """With signed activations the Clip stays, and the range before it is that of its output."""
+    (tmp_path / "net.onnx").write_bytes(network(most=1.0))
+    limited = models.read(tmp_path / "net.onnx")
+    mine, test = pictures(64, 1), pictures(64, 2)
+    signed = {"activations": "s8", "symmetric_activations": True}
+    assert faults(look(limited, mine, test, tmp_path, **signed)) == []
+    low = {"method": "percentile", "percentile": 60.0}
+    assert faults(look(limited, mine, test, tmp_path, **signed, **low)) == [checks.CLIPPED]
+
+
 def test_histograms_take_a_calibration_set_that_is_no_multiple_of_the_batch(
     colour: ModelFile, tmp_path: Path
 ) -> None:
@@ -223,8 +236,8 @@ def pictures(count: int, seed: int) -> Dataset:
     return Dataset({"image": image}, None, "pictures")
 
 
-def network() -> bytes:
-    """Conv, Relu, mean, Gemm over [N, 3, 16, 16], weights by seed."""
+def network(most: float = 0.0) -> bytes:
+    """Conv, Relu (or Clip from 0 to `most`), mean, Gemm over [N, 3, 16, 16], weights by seed."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -234,10 +247,14 @@ def network() -> bytes:
         "b": rng.normal(0, 0.1, 128),
         "w2": rng.normal(0, 0.5, (128, 5)),
     }
+    if most:
+        weights |= {"zero": np.array(0.0), "most": np.array(most)}
     graph = helper.make_graph(
         [
             helper.make_node("Conv", ["image", "w", "b"], ["c"], "conv"),
-            helper.make_node("Relu", ["c"], ["r"], "relu"),
+            helper.make_node("Clip", ["c", "zero", "most"], ["r"], "limit")
+            if most
+            else helper.make_node("Relu", ["c"], ["r"], "relu"),
             helper.make_node("GlobalAveragePool", ["r"], ["p"], "pool"),
             helper.make_node("Flatten", ["p"], ["f"], "flatten"),
             helper.make_node("MatMul", ["f", "w2"], ["scores"], "product"),
