@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import edge_runtime
 from edge_runtime.errors import EdgeError
 from quantize import datasets, models, passes, recipe, scratch
 from quantize.datasets import Dataset
@@ -112,7 +111,6 @@ def keys(
 ) -> list[str]:
     """Of each pass's result the name in the scratch folder: chains that begin alike share them."""
     made_of: list[Any] = [
-        edge_runtime.__version__,
         scratch.file_sha256(source.on(chain.variant.backend).path),
         datasets.fingerprint(calibration)["sha256"],
         seed,

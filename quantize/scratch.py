@@ -2,17 +2,25 @@
 
 Law of this file: keys and paths. A file is complete or absent: it is written under another name
 first. What made a file is the source's hash, the passes with their options, the calibration set's
-hash, and the versions of the libraries that the passes use.
+hash, the versions of the libraries that the passes use, and our own code: what an older version of
+it made or measured is not taken for this one's.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import edge_runtime
+
+# What decides results: this package without what only shows them, and what runs models.
+CODE = (Path(__file__).parent, Path(edge_runtime.__file__).parent / "backends")
+SHOWING = ("cli", "report")
 
 
 class Scratch:
@@ -35,9 +43,26 @@ class Scratch:
 
 
 def key(*parts: Any) -> str:
-    """A short name for what `parts` say; the same parts give the same name."""
-    text = json.dumps(parts, sort_keys=True, default=str, ensure_ascii=False)
+    """A short name for what `parts` say; the same parts and code give the same name."""
+    text = json.dumps([_code(), parts], sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@functools.cache
+def _code() -> str:
+    """Of the code that runs."""
+    return code_sha256(CODE)
+
+
+def code_sha256(folders: Sequence[Path]) -> str:
+    """Of our version and all Python files in the folders but those in a folder of SHOWING."""
+    found = hashlib.sha256(edge_runtime.__version__.encode())
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            name = path.relative_to(folder)
+            if name.parts[0] not in SHOWING:
+                found.update(f"\0{folder.name}/{name}\0".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
