@@ -8,6 +8,7 @@ torch's own answers on the recipe's samples before it is used, and kept by what 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -139,13 +140,11 @@ def export(given: Recipe, folder: Path) -> Recipe:
     kept, made = scratch.Scratch(folder), torch_modules.load(given.source)
     first, (how, notes) = _samples(made, given), _fitting(given)
     job = Job(made, first, torch_modules.names(made, how, first), how, given.data)
-    path, facts = _once(kept, _key(job, ".onnx"), ".onnx", lambda out: _onnx(job, out))
+    path, facts = _once(kept, job, ".onnx", _onnx)
     files, found = {ONNX: path}, {ONNX: facts}
     versions = torch_modules.versions()
     if wants_tflite(given):
-        files[TFLITE], found[TFLITE] = _once(
-            kept, _key(job, ".tflite"), ".tflite", lambda out: _tflite(job, out)
-        )
+        files[TFLITE], found[TFLITE] = _once(kept, job, ".tflite", _tflite)
         versions["litert-torch"] = litert_torch_door.version()
     origin = Origin(
         source=given.source,
@@ -197,7 +196,7 @@ def of_program(program: Path, samples: Path, like: Path, bench: Bench) -> Path:
         export=recipe.Export(
             tuple(spec.name for spec in bench.inputs),
             tuple(spec.name for spec in bench.outputs),
-            "auto" if bench.batch_axis == 0 else "one",
+            "free" if bench.batch_axis == 0 else "one",
         ),
         variants=(recipe.Variant("it", "litert"),) if like.suffix == ".tflite" else (),
     )
@@ -242,24 +241,34 @@ def _key(job: Job, ending: str) -> str:
     library = litert_torch_door.version() if ending == ".tflite" else ""
     return scratch.key(
         "export",
-        [made.code_sha256, made.weights_sha256, torch_modules.versions(), library],
+        [made.source, made.code_sha256, made.weights_sha256, torch_modules.versions(), library],
         [msgspec.to_builtins(job.how), job.called],
         [[one.dtype.str, one.shape] for one in job.given],
+        torch_modules.answers_sha256(made, job.given),
     )
 
 
 def _once(
-    kept: scratch.Scratch, key: str, ending: str, make: Callable[[Path], Facts]
+    kept: scratch.Scratch, job: Job, ending: str, make: Callable[[Job, Path], Facts]
 ) -> tuple[Path, Facts]:
-    """The file of that key and what is known of it; made now, or earlier."""
+    """The file and what is known of it; made now, or earlier.
+
+    One of earlier is compared with torch again: what a module computes may hang on more than its
+    files and weights say, and the samples may be others.
+    """
+    key = _key(job, ending)
     path, beside = kept.folder / f"{key}{ending}", f"{key}{ending}.facts"
-    if not (kept.folder / beside).exists():
-        path.unlink(missing_ok=True)  # half of a pair says nothing
-        found: list[Facts] = []
-        kept.made(key, ending, lambda draft: found.append(make(draft)))
-        facts = msgspec.json.encode(found[0])
-        kept.made(beside, "", lambda draft: _write(draft, facts))
-    return path, msgspec.json.decode((kept.folder / beside).read_bytes(), type=Facts)
+    if path.exists() and (kept.folder / beside).exists():
+        before = msgspec.json.decode((kept.folder / beside).read_bytes(), type=Facts)
+        with contextlib.suppress(ModelError):
+            return path, msgspec.structs.replace(before, difference=compared(job, path))
+    for stale in (path, kept.folder / beside):
+        stale.unlink(missing_ok=True)
+    found: list[Facts] = []
+    kept.made(key, ending, lambda draft: found.append(make(job, draft)))
+    facts = msgspec.json.encode(found[0])
+    kept.made(beside, "", lambda draft: _write(draft, facts))
+    return path, found[0]
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -285,6 +294,8 @@ def _not_free(job: Job, out: Path) -> str:
     several = torch_modules.several(job.given)
     if several is None:
         return "its inputs have different first axes"
+    if _mixes(job):
+        return "its answer to a sample depends on those beside it"
     try:
         torch_modules.to_onnx(job.made, several, job.called, out, free=True)
     except ModelError as error:
@@ -292,6 +303,30 @@ def _not_free(job: Job, out: Path) -> str:
     if models.read(out).batch_axis is None:
         return "the first axis of an output is not that of the samples"
     return ""
+
+
+def _mixes(job: Job) -> bool:
+    """Whether torch itself answers otherwise to a sample alone, as where the statistics of a batch
+    are at work: a server that joins requests would give each a share of the others."""
+    whole = datasets.first(job.data, job.called.inputs, torch_modules.ROWS_TRACED)
+    given = [whole[name] for name in job.called.inputs]
+    alone, several = torch_modules.alone(given), torch_modules.several(given)
+    if several is None:
+        return False
+    try:
+        both = zip(
+            torch_modules.outputs(job.made, alone),
+            torch_modules.outputs(job.made, several),
+            strict=True,
+        )
+        pairs = [
+            (one, more[:1])
+            for (_, one), (_, more) in both
+            if one.shape[:1] == (1,) and more.shape[:1] == (torch_modules.ROWS_TRACED,)
+        ]
+    except ModelError:
+        return False  # the export says why
+    return any(difference(*pair) > job.how.tolerance for pair in pairs)
 
 
 def _tflite(job: Job, out: Path) -> Facts:
@@ -314,26 +349,35 @@ def compared(job: Job, path: Path) -> float:
         want = torch_modules.outputs(job.made, [feed[name] for name in job.called.inputs])
         have: Mapping[str, Array] = loaded.run(feed)
         for name, (_, one) in zip(job.called.outputs, want, strict=True):
+            if one.shape != have[name].shape:
+                raise _otherwise(job, name, f"has shape {have[name].shape} instead of {one.shape}")
             found = difference(one, have[name])
             if not found <= worst:  # NaN too
                 worst, where = found, name
     if not worst <= job.how.tolerance:
-        raise ModelError(
-            f"the exported file answers otherwise than torch: output {where!r} differs by"
-            f" {worst:.2g} of its largest value on {len(some)} samples",
-            where=job.made.source,
-            expected=f"at most {job.how.tolerance:g} (export.tolerance)",
-            remedy="a step that depends on the samples or on chance was exported as it was with the"
-            " first ones; or, where the difference is harmless, allow more",
-        )
+        what = f"differs by {worst:.2g} of its largest value on {len(some)} samples"
+        raise _otherwise(job, where, what)
     return worst
 
 
+def _otherwise(job: Job, output: str, what: str) -> ModelError:
+    return ModelError(
+        f"the exported file answers otherwise than torch: output {output!r} {what}",
+        where=job.made.source,
+        expected=f"at most {job.how.tolerance:g} (export.tolerance)",
+        remedy="a step that depends on the samples or on chance was exported as it was with the"
+        " first ones; or, where the difference is harmless, allow more",
+    )
+
+
 def difference(want: Array, have: Array) -> float:
-    """The largest, as a share of the largest wanted value; infinite where shapes differ."""
+    """The largest, as a share of the largest wanted value; infinite where shapes differ, NaN where
+    there is one. The same infinity does not differ."""
     if want.shape != have.shape:
         return float("inf")
-    if not want.size:
+    other = want != have
+    if not other.any():
         return 0.0
-    a, b = want.astype(np.float64), have.astype(np.float64)
-    return float(np.abs(a - b).max() / (np.abs(a).max() or 1.0))
+    a, b = want[other].astype(np.float64), have[other].astype(np.float64)
+    finite = want[np.isfinite(want)]
+    return float(np.abs(a - b).max() / (np.abs(finite.astype(np.float64)).max(initial=0.0) or 1.0))

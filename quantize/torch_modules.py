@@ -10,20 +10,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-import io
 import re
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from edge_runtime.errors import EdgeError, ModelError, NotFoundError, UsageError
-from quantize import foreign, onnx_door, recipe, torch_door
+from quantize import foreign, onnx_door, recipe, torch_door, torch_programs
 
 Array = np.ndarray[Any, Any]
 
@@ -32,6 +29,7 @@ BATCH = "N"  # what the free axis is called in the file
 # Rows of the samples that an export is traced with: torch takes an axis of 1 for a fixed one.
 ROWS_TRACED = 2
 _EXPECTED = "a torch.nn.Module in eval mode, or (module, example inputs)"
+_ANSWERS = "tensors: one, a tuple, or a dictionary"
 
 
 class Module(NamedTuple):
@@ -101,11 +99,33 @@ def outputs(made: Module, given: Sequence[Array]) -> list[tuple[str, Array]]:
     tensors = [torch.from_numpy(np.ascontiguousarray(one)) for one in given]
     with torch.no_grad(), foreign.ours("torch does not run the module", Path(made.source)):
         answer = made.module(*tensors)
-    return [
-        (name, one.detach().cpu().numpy())
-        for name, one in flat(answer, made.source)
-        if one is not None
-    ]
+    found = [(name, one) for name, one in flat(answer, made.source) if one is not None]
+    if not found:
+        raise ModelError("its module returned no tensor", where=made.source, expected=_ANSWERS)
+    return [(name, _array(one, made.source)) for name, one in found]
+
+
+def _array(tensor: Any, source: str) -> Array:
+    """Raises: ModelError for a datatype that arrays do not have."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if kind == "bfloat16" or kind.startswith(("complex", "q")):
+        raise ModelError(
+            f"it takes or returns {kind}",
+            where=source,
+            expected="float32, and integers or booleans",
+            remedy="return module.float(), and have forward cast what it returns"
+            " (torch.view_as_real for complex numbers)",
+        )
+    found: Array = tensor.detach().cpu().resolve_neg().numpy()
+    return found
+
+
+def answers_sha256(made: Module, given: Sequence[Array]) -> str:
+    """Of the first answers: they tell modules apart whose files and weights are the same."""
+    digest = hashlib.sha256()
+    for _, one in outputs(made, given):
+        digest.update(f"{one.dtype} {one.shape}".encode() + one.tobytes())
+    return digest.hexdigest()
 
 
 def names(made: Module, wanted: recipe.Export, given: Sequence[Array]) -> Names:
@@ -132,7 +152,12 @@ def names(made: Module, wanted: recipe.Export, given: Sequence[Array]) -> Names:
     both = (*ins, *outs)
     twice = sorted({name for name in both if both.count(name) > 1})
     if twice:
-        raise UsageError(f"{twice[0]!r} is there twice", where="export")
+        raise UsageError(
+            f"{twice[0]!r} is there twice",
+            where="export",
+            expected="inputs and outputs of different names",
+            remedy="give them in export.inputs and export.outputs",
+        )
     return Names(ins, outs)
 
 
@@ -227,13 +252,14 @@ def _of_function(source: str) -> Module:
             else "",
         )
     _refuse_training(module, source)
+    _refuse_weights(module, source)
     if isinstance(examples, torch.Tensor):
         examples = (examples,)
     if not all(isinstance(one, torch.Tensor) for one in examples):
         raise UsageError(
             "returned example inputs that are no tensors", where=source, expected=_EXPECTED
         )
-    arrays = tuple(one.detach().cpu().numpy() for one in examples)
+    arrays = tuple(_array(one, source) for one in examples)
     return Module(
         module,
         source,
@@ -258,6 +284,27 @@ def _refuse_training(module: Any, source: str) -> None:
             expected=_EXPECTED,
             remedy="return module.eval()",
         )
+
+
+def _refuse_weights(module: Any, source: str) -> None:
+    """Raises: UsageError for weights that hold nothing, or floats that samples do not come as."""
+    torch = torch_door.library()
+    for name, one in module.state_dict().items():
+        if not isinstance(one, torch.Tensor):
+            continue
+        if one.is_meta or isinstance(one, torch.nn.parameter.UninitializedTensorMixin):
+            raise UsageError(
+                f"weight {name!r} has no values",
+                where=source,
+                remedy="load_state_dict the weights; run a lazy module once before",
+            )
+        if one.is_floating_point() and one.dtype != torch.float32:
+            raise UsageError(
+                f"weight {name!r} is {one.dtype}".replace("torch.", ""),
+                where=source,
+                expected="float32: what samples are given as, and what variants are held to",
+                remedy="return module.float(); float16 is a variant (pass float16)",
+            )
 
 
 def _arguments(module: Any, count: int, source: str) -> tuple[str, ...]:
@@ -315,12 +362,10 @@ def weights_sha256(module: Any) -> str:
 
 
 def _of_program(path: Path) -> Module:
-    torch = torch_door.library()
     if not path.exists():
         raise NotFoundError("there is no such model", where=str(path))
-    refuse_pickles(path)
-    with foreign.ours("torch does not read it as an exported program", path):
-        program = torch.export.load(str(path))
+    program = torch_programs.load(path)
+    with foreign.ours("torch does not run it as a module", path):
         module = program.module()
     _refuse_training_program(program, path)
     call = program.module_call_graph[0].signature
@@ -357,53 +402,6 @@ def _refuse_training_program(program: Any, path: Path) -> None:
             )
 
 
-def refuse_pickles(path: Path) -> None:
-    """Raises: UsageError where opening the file would run code that lies in it.
-
-    torch.export.load falls back to unpickling: weights that say so, objects of other classes, and
-    libraries that were compiled before.
-    """
-    torch = torch_door.library()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                reason = _runs_code(torch, archive, name)
-                if reason:
-                    raise UsageError(
-                        f"{name}: {reason}; opening it may run code",
-                        where=str(path),
-                        expected="an exported program of plain tensors",
-                        remedy="name the function that builds the network: source: module:function",
-                    )
-    except (zipfile.BadZipFile, OSError, msgspec.DecodeError) as e:
-        raise UsageError(
-            f"is no exported program: {e}",
-            where=str(path),
-            expected="what torch.export.save(torch.export.export(...), path) writes",
-        ) from e
-
-
-def _runs_code(torch: Any, archive: zipfile.ZipFile, name: str) -> str:
-    """Why a member of the archive is not data alone; empty if it is."""
-    last = name.rpartition("/")[2]
-    if "/aotinductor/" in name or last.endswith((".so", ".o", ".cubin")):
-        return "a compiled library"
-    if last.startswith("custom_obj_"):
-        return "an object of a class of its own"
-    if last.endswith("_config.json"):
-        listed = msgspec.json.decode(archive.read(name))
-        entries = listed.get("config", {}).values() if isinstance(listed, dict) else ()
-        pickled = any(isinstance(one, dict) and one.get("use_pickle") for one in entries)
-        return "weights are pickled" if pickled else ""
-    if last.endswith(".pt"):
-        try:
-            with foreign.quiet():
-                torch.load(io.BytesIO(archive.read(name)), weights_only=True)
-        except Exception as e:  # noqa: BLE001 - whatever it is, torch would unpickle it next
-            return f"more than tensors ({type(e).__name__})"
-    return ""
-
-
 # --- what comes out -------------------------------------------------------------------------------
 
 
@@ -421,7 +419,7 @@ def flat(answer: Any, source: str = "", name: str = "") -> Iterator[tuple[str, A
         raise ModelError(
             f"its module returned a {type(answer).__name__}",
             where=source,
-            expected="tensors: one, a tuple, or a dictionary",
+            expected=_ANSWERS,
         )
 
 

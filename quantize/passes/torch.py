@@ -55,9 +55,11 @@ class TorchPrune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """See passes.Pass.apply. Pruned and trained once for all formats."""
         assert bench.cache is not None
         made = torch_modules.load(bench.module)
+        first = [bench.calibration[spec.name][: torch_modules.ROWS_TRACED] for spec in bench.inputs]
         key = scratch.key(
             "torch_prune",
-            [self, self.versions(), made.code_sha256, made.weights_sha256],
+            [self, self.versions(), made.source, made.code_sha256, made.weights_sha256],
+            torch_modules.answers_sha256(made, torch_modules.alone(first)),
             [bench.seed, bench.batch_axis],
         )
         program = scratch.Scratch(bench.cache).made(

@@ -60,6 +60,35 @@ class Chance(nn.Module):
         return image + torch.rand_like(image)
 
 
+class Scaled(nn.Module):
+    """Neither its weights nor its files say what it computes."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image * self.scale
+
+
+class Casting(nn.Module):
+    """Answers of another datatype."""
+
+    def __init__(self, datatype: torch.dtype) -> None:
+        super().__init__()
+        self.datatype = datatype
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image.to(self.datatype)
+
+
+class Masked(nn.Module):
+    """Infinity where a pixel is dark."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image.masked_fill(image < 0.5, float("-inf"))
+
+
 def small() -> nn.Module:
     return Small().eval()
 
@@ -98,6 +127,38 @@ def branch() -> nn.Module:
 
 def chance() -> nn.Module:
     return Chance().eval()
+
+
+def doubled() -> nn.Module:
+    return Scaled(2.0).eval()
+
+
+def tripled() -> nn.Module:
+    return Scaled(3.0).eval()
+
+
+def masked() -> nn.Module:
+    return Masked().eval()
+
+
+def of_a_batch() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False)).eval()
+
+
+def wide() -> nn.Module:
+    return nn.Linear(8, 4).double().eval()
+
+
+def empty() -> nn.Module:
+    return nn.Linear(8, 4, device="meta").eval()
+
+
+def brief() -> nn.Module:
+    return Casting(torch.bfloat16).eval()
+
+
+def imaginary() -> nn.Module:
+    return Casting(torch.complex64).eval()
 
 
 def train(model: nn.Module, seed: int) -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,7 +22,7 @@ import pytest
 from edge_runtime.backends import backend
 from edge_runtime.bundle import archive
 from edge_runtime.errors import EdgeError, ModelError, UsageError
-from quantize import cli, models, onnx_door, origins
+from quantize import cli, models, onnx_door, origins, torch_modules, torch_programs
 from quantize.recipe import Data, Export, Recipe, Variant
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra quantize-torch)")
@@ -93,6 +96,42 @@ def test_the_same_module_is_exported_once_and_other_weights_again(
     assert origins.export(recipe("small", data), tmp_path).source != first.source
 
 
+def test_modules_that_only_an_attribute_tells_apart_are_exported_each(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = np.load(data)["x"][:3]
+
+    def answer(made: Recipe) -> np.ndarray:
+        return backend("onnxruntime").load(Path(made.source), {}).run({"image": x})["output"]
+
+    for function, scale in (("doubled", 2), ("tripled", 3)):
+        np.testing.assert_allclose(
+            answer(origins.export(recipe(function, data), tmp_path)), x * scale
+        )
+    # Not even the first answers differ: both are zero for the example.
+    monkeypatch.setattr(nets, "doubled", lambda: (nets.Scaled(2.0).eval(), torch.zeros(1, 1, 8, 8)))
+    origins.export(recipe("doubled", data), tmp_path)
+    monkeypatch.setattr(nets, "doubled", lambda: (nets.Scaled(4.0).eval(), torch.zeros(1, 1, 8, 8)))
+    np.testing.assert_allclose(answer(origins.export(recipe("doubled", data), tmp_path)), x * 4)
+
+
+def test_a_module_whose_answers_hang_on_the_batch_takes_one_sample_at_a_time(
+    data: Path, tmp_path: Path
+) -> None:
+    made = origins.export(recipe("of_a_batch", data), tmp_path)
+    assert origins.read(made).inputs[0].shape[0] == 1
+    assert made.origin is not None and "depends on those beside it" in made.origin.notes[0]
+
+
+def test_the_same_infinity_is_no_difference(data: Path, tmp_path: Path) -> None:
+    made = origins.export(recipe("masked", data), tmp_path)
+    assert made.origin is not None and made.origin.differences["onnx"] == 0
+    inf, nan = np.float32(np.inf), np.float32(np.nan)
+    assert origins.difference(np.array([inf, 2]), np.array([inf, 3])) == 0.5
+    assert origins.difference(np.array([inf, 2]), np.array([1, 2])) == inf
+    assert np.isnan(origins.difference(np.array([1, 2]), np.array([1, nan])))
+
+
 def test_names_are_the_recipes_where_it_gives_some(data: Path, tmp_path: Path) -> None:
     how = Export(inputs=("pixels",), outputs=("logits",), batch="one")
     file = origins.read(origins.export(recipe("with_example", data, how), tmp_path))
@@ -144,6 +183,10 @@ def test_a_module_without_a_batch_takes_one_sample_at_a_time_and_says_so(
         ("eigen", ModelError, r"aten\.linalg_eig.*custom_translation_table"),
         ("branch", ModelError, r"torch\.where"),
         ("chance", ModelError, "answers otherwise than torch: output 'output' differs by"),
+        ("wide", UsageError, r"weight 'weight' is float64.*return module\.float"),
+        ("empty", UsageError, r"weight 'weight' has no values.*load_state_dict"),
+        ("brief", ModelError, r"takes or returns bfloat16.*float32"),
+        ("imaginary", ModelError, r"takes or returns complex64.*view_as_real"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_with_what_to_do(
@@ -199,6 +242,99 @@ def test_a_program_that_would_run_code_when_opened_is_refused(data: Path, tmp_pa
     (tmp_path / "text.pt2").write_text("no archive")
     with pytest.raises(UsageError, match="is no exported program"):
         origins.export(recipe(str(tmp_path / "text.pt2"), data), tmp_path / "work")
+
+
+GRAPH = "good/models/model.json"
+
+
+def size(graph: dict[str, Any], code: str) -> None:
+    axis = graph["graph_module"]["graph"]["tensor_values"]["image"]["sizes"][0]
+    axis["as_expr"]["expr_str"] = code
+
+
+def target(graph: dict[str, Any], code: str) -> None:
+    node = {"inputs": [{"name": "x", "arg": {"as_string": code}, "kind": 1}], "outputs": []}
+    node |= {"target": "torch.os.system", "metadata": {}, "name": "planted"}
+    graph["graph_module"]["graph"]["nodes"].insert(0, node)
+
+
+def keys(graph: dict[str, Any], code: str) -> None:
+    spec = graph["graph_module"]["module_call_graph"][0]["signature"]
+    spec["out_spec"] = json.dumps([1, {"context": {"__enum__": True, "fqn": "planted:It"}}])
+
+
+@pytest.mark.parametrize("plant", [size, target, keys])
+def test_a_program_whose_graph_is_code_is_refused(
+    plant: Callable[[dict[str, Any], str], None], data: Path, tmp_path: Path
+) -> None:
+    good, bad, ran = (
+        program(tmp_path / "good.pt2", nets.small()),
+        tmp_path / "bad.pt2",
+        tmp_path / "ran",
+    )
+    with zipfile.ZipFile(good) as before, zipfile.ZipFile(bad, "w") as after:
+        for name in before.namelist():
+            content = before.read(name)
+            if name == GRAPH:
+                graph = json.loads(content)
+                plant(graph, f"__import__('pathlib').Path({str(ran)!r}).touch()")
+                content = json.dumps(graph).encode()
+            after.writestr(name, content)
+    with pytest.raises(UsageError, match=r"models/model\.json: .*opening it may run code"):
+        origins.export(recipe(str(bad), data), tmp_path / "work")
+    assert not ran.exists()
+
+
+def test_guards_that_stand_in_a_program_as_text_do_not_run(tmp_path: Path) -> None:
+    good, bad, ran = (
+        program(tmp_path / "good.pt2", nets.small()),
+        tmp_path / "bad.pt2",
+        tmp_path / "ran",
+    )
+    with zipfile.ZipFile(good) as before, zipfile.ZipFile(bad, "w") as after:
+        for name in before.namelist():
+            content = before.read(name)
+            if name == GRAPH:
+                code = f"__import__('pathlib').Path({str(ran)!r}).touch() is None"
+                content = msgspec.json.encode(json.loads(content) | {"guards_code": [code]})
+            after.writestr(name, content)
+    made = torch_modules.load(str(bad))
+    assert torch_modules.outputs(made, made.examples)[0][1].shape == (2, 4)
+    assert not ran.exists()
+
+
+def test_torch_is_given_the_members_that_were_checked(tmp_path: Path) -> None:
+    good, bad = program(tmp_path / "good.pt2", nets.small()), tmp_path / "bad.pt2"
+    pickled = "good/data/sample_inputs/model.pt"
+    with zipfile.ZipFile(good) as before, zipfile.ZipFile(bad, "w") as after:
+        after.writestr(pickled, pickle.dumps(Planted()))  # the first of two with one name
+        after.writestr(pickled.upper(), pickle.dumps(Planted()))
+        for name in before.namelist():
+            with warnings.catch_warnings(action="ignore"):
+                after.writestr(name, before.read(name))
+    made = torch_modules.load(str(bad))
+    assert torch_modules.outputs(made, made.examples)[0][1].shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("Pow(Max(Integer(1), Symbol('s0', positive=True, integer=True)), Integer(2))", True),
+        ("TruncToInt(Mul(Float('1.5', precision=53), ToFloat(Symbol('s0'))))", True),
+        ("s0 // 2 + 1", True),
+        ("exec('x')", False),
+        ("Symbol('s0').func", False),
+        ("Symbol('print(1)')", False),
+        ("Lambda(x, x)(2)", False),
+        ("[1 for x in y]", False),
+        ("(lambda: 1)()", False),
+        ("Symbol('__class__')", False),
+        ("1 +", False),
+        ("", False),
+    ],
+)
+def test_a_size_is_arithmetic_or_refused(text: str, is_one: bool) -> None:
+    assert torch_programs.is_size(text) == is_one
 
 
 # --- the whole ------------------------------------------------------------------------------------
