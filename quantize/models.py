@@ -104,7 +104,7 @@ def _as_artifact(path: Path) -> Path:
 
 @functools.cache
 def _packed(path: Path, _changed_ns: tuple[int, ...]) -> Path:
-    return create.as_artifact(path, Path(tempfile.mkdtemp(dir=_folder().name)))
+    return create.as_artifact(path, Path(_folder().name))
 
 
 @functools.cache

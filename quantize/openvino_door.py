@@ -53,9 +53,7 @@ def save(model: Any, out: Path, *, half: bool = False) -> None:
         graph = Path(folder) / f"{out.stem}.xml"
         with foreign.ours("OpenVINO failed to write IR", out):
             library().save_model(model, str(graph), compress_to_fp16=half)
-        packed = Path(folder) / "packed"
-        packed.mkdir()
-        create.as_artifact(graph, packed).replace(out)
+        create.as_artifact(graph, Path(folder)).replace(out)
 
 
 def quantized(model: Any) -> list[str]:

@@ -207,7 +207,8 @@ def _create(
 
 
 def as_artifact(path: Path, folder: Path) -> Path:
-    """OpenVINO IR as the one file that an artifact is, written to `folder`; others as they are.
+    """OpenVINO IR as the one file that an artifact is, in a new folder in `folder` (two may have
+    the same name); others as they are.
 
     Raises:
         NotFoundError, BundleError, StorageError: one of the two files is missing or unreadable.
@@ -215,7 +216,7 @@ def as_artifact(path: Path, folder: Path) -> Path:
     if path.suffix.lower() != ".xml":
         return path
     graph, weights = (_ir_part(path.with_suffix(end)) for end in (path.suffix, ".bin"))
-    packed = folder / f"{path.stem}.ir"
+    packed = Path(tempfile.mkdtemp(dir=folder), f"{path.stem}.ir")
     packed.write_bytes(openvino_ir.pack(graph, weights))
     return packed
 

@@ -184,6 +184,16 @@ def test_bundle_create_makes_one_file_of_the_two(tmp_path: Path, load: Any):
     assert manifest.batch_axis == 0 and len(manifest.goldens) == 2
 
 
+def test_models_of_the_same_file_name_stay_apart(tmp_path: Path):
+    weights = np.frombuffer(WEIGHTS, np.float32)
+    paths = []
+    for name, scale in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        paths.append(written(tmp_path / name, (weights * np.float32(scale)).tobytes()))
+    made = create.create(paths, create.Options("ir"), tmp_path / "m.bundle")
+    assert len({variant.artifact.sha256 for variant in made.manifest.variants}) == 2
+
+
 def test_a_graph_without_its_weights_names_the_missing_file(tmp_path: Path):
     path = written(tmp_path)
     path.with_suffix(".bin").unlink()
