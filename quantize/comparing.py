@@ -8,7 +8,7 @@ their scores are compared by their intervals, and times only where the machine w
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from edge_runtime.errors import ModelError, UsageError
+from edge_runtime.tensors import TensorSpec
 from quantize import datasets, evaluating, judging, latency, looking, models, scores, served
 from quantize.datasets import Dataset
 from quantize.latency import Timed
@@ -137,15 +138,15 @@ def model_files(
     whole = datasets.load(data, sides[0].inputs)
     whole = datasets.some(whole, evaluation.samples, evaluation.seed)
     datasets.enough(whole)
-    ours = sides[0].outputs
+    ours, theirs = sides[0].outputs, sides[1].outputs
     judged = judging.judged(
         evaluation, ours, whole.labels, None, whole.where, looking.looks(sides[0], whole)
     )
-    place = [spec.name for spec in ours].index(judged.output)
     candidates = [_candidate(f"side-{n}", one, threads) for n, one in enumerate(sides)]
     with served.daemon() as daemon:
         got = [_answers(daemon, one, whole, say) for one in candidates]
-    main = [list(one.outputs.values())[place] for one in got]
+    other = _paired_names(ours, theirs)[judged.output]
+    main = [got[0].outputs[judged.output], got[1].outputs[other]]
     points = [judged.metric.score(one, judged.labels, main[0]) for one in main]
     is_share, seed = judged.metric.is_share, evaluation.seed
     say("measuring latency")
@@ -188,9 +189,17 @@ def _answers(
     daemon: served.Daemon, one: Candidate, data: Dataset, say: Callable[[str], None]
 ) -> Served:
     say(f"asking {one.path.name} for {len(data)} answers")
-    # Samples are given in the first model's order and by its names; the second's may differ.
-    feeds = dict(zip([spec.name for spec in one.inputs], data.inputs.values(), strict=True))
-    return daemon.answers(one, feeds)
+    names = _paired_names(data.inputs, one.inputs)
+    return daemon.answers(one, {names[name]: array for name, array in data.inputs.items()})
+
+
+def _paired_names(
+    first: Iterable[TensorSpec | str], second: Sequence[TensorSpec]
+) -> dict[str, str]:
+    """The second model's tensor for each of the first's: of its name, else in its place."""
+    ours = [one if isinstance(one, str) else one.name for one in first]
+    theirs = [spec.name for spec in second]
+    return dict(zip(ours, ours if set(ours) == set(theirs) else theirs, strict=True))
 
 
 def _times(candidates: list[Candidate], data: Dataset) -> list[Timed]:

@@ -3,12 +3,13 @@
 Law of this file: it decides which samples fit and which are for what; `sources` reads them, and
 what a pixel becomes is said by the recipe. Every sample has the first axis to itself; a model's
 batch axis is not assumed. Selection is by seed, so that the same recipe sees the same samples. No
-sample both calibrates and judges, nor do two of one group.
+sample both calibrates and judges, nor do two of one group (blank ones aside: see `split`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -155,7 +156,8 @@ def split(
 
     Args:
         calibration: its own set; None: `samples` of `whole`, which evaluation leaves out. Groups
-            are not divided. Samples of `whole` that calibrate all the same, exact copies, leave it.
+            are not divided. Samples of `whole` that calibrate all the same, exact copies, leave it:
+            but blank ones, and not where half of all are copies, as of a few switches' states.
         judged: at most so many are evaluated; 0: all that are left.
 
     Raises:
@@ -216,7 +218,10 @@ def _whole_groups(groups: Array, count: int, seed: int) -> tuple[Array, Array]:
 def _apart(calibration: Dataset, evaluation: Dataset) -> tuple[Dataset, list[Finding]]:
     """Evaluation without samples that calibrate, nor others of their groups; and how many left."""
     assert calibration.facts is not None and evaluation.facts is not None
-    same = np.isin(evaluation.facts.digests[:, 0], calibration.facts.digests[:, 0])
+    digests = evaluation.facts.digests[:, 0]
+    same = np.isin(digests, calibration.facts.digests[:, 0]) & ~_blank(evaluation)
+    if 2 * len(np.unique(digests)) <= len(digests):
+        same &= False  # of a few switches and steps there are only so many different samples
     groups = evaluation.groups
     gone = same if groups is None else np.isin(groups, groups[same])
     findings = checks.overlap(int(same.sum()), int(gone.sum()), len(evaluation))
@@ -228,6 +233,17 @@ def _apart(calibration: Dataset, evaluation: Dataset) -> tuple[Dataset, list[Fin
             remedy="give other data to calibrate with, or none: then a part of these does",
         )
     return (evaluation.take(np.flatnonzero(~gone)) if gone.any() else evaluation), findings
+
+
+def _blank(data: Dataset) -> Array:
+    """Samples [samples] all of whose values are alike: silence, a covered lens; nobody's copy."""
+    assert data.facts is not None
+    wide = [name for name, one in data.inputs.items() if math.prod(one.shape[1:]) > 1]
+    blank = np.full(len(data), bool(wide))
+    for name in wide:
+        ranges = data.facts.ranges.get(name)
+        blank &= False if ranges is None else ranges[:, 0] == ranges[:, 1]
+    return blank
 
 
 def enough(data: Dataset) -> None:

@@ -270,9 +270,13 @@ def _compressed_size(data: bytes) -> int:
 def _scored(judge: Judge, got: Served, reference: Served | str) -> dict[str, Any]:
     assert isinstance(reference, Served)
     want = reference.outputs[judge.output]
-    bad = int(not_numbers(got.outputs[judge.output]).sum())
-    if bad:
-        return {"refusal": f"{verdict.WORSE}: NaN (no number) for {bad} of {len(want)} samples"}
+    for name, answers in got.outputs.items():  # the judged one and those beside it
+        bad = not_numbers(answers)
+        if name in reference.outputs:
+            bad &= ~not_numbers(reference.outputs[name])
+        if bad.any():
+            said = f"NaN (no number) for {int(bad.sum())} of {len(want)} samples in {name!r}"
+            return {"refusal": f"{verdict.WORSE}: {said}"}
     confidence, seed = judge.recipe.budgets.confidence, judge.recipe.evaluation.seed
     groups, is_share = judge.data.groups, judge.metric.is_share
     mine = judge.metric.score(got.outputs[judge.output], judge.data.labels, want)

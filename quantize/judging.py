@@ -82,7 +82,11 @@ def judged(
             where=where,
             remedy="give labels (`y` in the .npz), or evaluation.metric: agreement",
         )
+    others = [repr(one.name) for one in outputs if one is not spec]
+    if others:
+        notes.append(f"only output {spec.name!r} is judged, not {', '.join(others)}")
     if labels is not None:
+        _check_numbers(labels, where)
         labels = _as_wanted(labels, _WANTS.get(name, ""), spec, where)
     return Judged(spec.name, name, metric, labels, "; ".join(notes))
 
@@ -174,6 +178,19 @@ def _whole(labels: Array) -> bool:
 def _one_hot(labels: Array) -> bool:
     rows = labels.reshape(len(labels), -1)
     return bool(np.isin(rows, (0, 1)).all() and (rows.sum(axis=1) == 1).all())
+
+
+def _check_numbers(labels: Array, where: str) -> None:
+    """Raises: UsageError for labels that are missing here and there: nothing equals them."""
+    bad = 0
+    if labels.dtype.kind == "f":
+        bad = int((~np.isfinite(labels).reshape(len(labels), -1).all(axis=1)).sum())
+    if bad:
+        raise UsageError(
+            f"labels hold NaN or infinity for {bad} of {len(labels)} samples",
+            where=where,
+            expected="a label for every sample; leave the others out",
+        )
 
 
 def _as_wanted(labels: Array, wanted: str, spec: TensorSpec, where: str) -> Array:

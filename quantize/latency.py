@@ -67,9 +67,10 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Order(msgspec.Struct, frozen=True):
-    """What the process is told: variants, and a sample for each input (an .npz)."""
+    """What the process is told: variants, names of inputs, and a sample of each (an .npz)."""
 
     jobs: tuple[Job, ...]
+    names: tuple[str, ...]
     sample: str
     rounds: int
 
@@ -107,7 +108,7 @@ def _measured(
 ) -> dict[str, Timed | str] | str:
     path = folder / "sample.npz"
     np.savez(path, *sample.values())  # named arr_0, arr_1, ...
-    order = Order(tuple(jobs), str(path), rounds)
+    order = Order(tuple(jobs), tuple(sample), str(path), rounds)
     try:
         done = subprocess.run(
             [sys.executable, "-m", "quantize.latency"],
@@ -133,7 +134,7 @@ def _measured(
 
 def _run(order: Order) -> dict[str, Any]:
     with np.load(order.sample, allow_pickle=False) as archive:
-        sample = [archive[f"arr_{index}"] for index in range(len(archive.files))]
+        sample = {name: archive[f"arr_{index}"] for index, name in enumerate(order.names)}
     runs: dict[str, Callable[[], Any]] = {}
     said: dict[str, Any] = {}
     loads: dict[str, tuple[float, str]] = {}
@@ -161,13 +162,16 @@ def _rounds(
     return times
 
 
-def _loaded(job: Job, sample: list[Array]) -> tuple[Callable[[], Any], tuple[float, str]]:
+def _loaded(job: Job, sample: dict[str, Array]) -> tuple[Callable[[], Any], tuple[float, str]]:
     library = backend(job.backend)
     version = library.version()
     began_ns = time.perf_counter_ns()
     model = library.load(Path(job.path), job.options)
     load_ms = (time.perf_counter_ns() - began_ns) / 1e6
-    inputs = {spec.name: _fitted(a, spec) for spec, a in zip(model.inputs, sample, strict=True)}
+    arrays = list(sample.values())
+    if set(sample) == {spec.name for spec in model.inputs}:  # else in the order they have
+        arrays = [sample[spec.name] for spec in model.inputs]
+    inputs = {spec.name: _fitted(a, spec) for spec, a in zip(model.inputs, arrays, strict=True)}
     outputs = model.run(inputs)
     free: dict[str, Array | None] = {name: np.empty_like(array) for name, array in outputs.items()}
     run = model.bind(inputs, free)

@@ -43,7 +43,9 @@ def choose_goldens(
     top = np.sort(flat, axis=1)[:, -2:]
     order = np.argsort(top[:, 1] - top[:, 0], kind="stable")
     hard = _one_of_each(order, groups)[: (count + 1) // 2]
-    classes = flat.argmax(axis=1) if labels is None else labels.reshape(len(flat), -1)[:, 0]
+    classes = flat.argmax(axis=1)
+    if labels is not None and labels.dtype.kind in "biu" and labels.size == len(flat):
+        classes = labels.reshape(-1)
     rest = [int(index) for index in order[::-1] if index not in hard]  # the surest first
     firsts = {int(classes[index]): index for index in reversed(rest)}  # the surest of each class
     sure = sorted(rest, key=lambda index: firsts[int(classes[index])] != index)
@@ -87,7 +89,7 @@ def pack(
     chosen = np.array(
         choose_goldens(answers[main_output], data.labels, count, data.groups), dtype=int
     )
-    samples = out.with_suffix(".goldens.npz")
+    samples = out.with_name(f".{out.name}.goldens.npz")
     np.savez(samples, **{name: array[chosen] for name, array in data.inputs.items()})
     options = create.Options(
         name=recipe.name,

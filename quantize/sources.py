@@ -12,6 +12,7 @@ import math
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +66,19 @@ def read(where: str, data: Data, specs: tuple[TensorSpec, ...]) -> Found:
 # --- .npz -----------------------------------------------------------------------------------------
 
 
+# What numpy and zipfile raise for a file that is damaged, encrypted or none of theirs.
+_BROKEN = (
+    OSError,
+    ValueError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,
+    struct.error,
+    AttributeError,
+)
+
+
 def _from_npz(path: Path, specs: tuple[TensorSpec, ...]) -> Found:
     try:
         opened = np.load(path, allow_pickle=False)
@@ -74,7 +88,7 @@ def _from_npz(path: Path, specs: tuple[TensorSpec, ...]) -> Found:
             return _of_archive(path, archive, specs)
     except FileNotFoundError as e:
         raise NotFoundError("there are no such data", where=str(path)) from e
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as e:
+    except _BROKEN as e:
         raise UsageError(
             f"is not an .npz of plain arrays: {e}",
             where=str(path),
@@ -134,9 +148,12 @@ def _on_disk(path: Path, info: zipfile.ZipInfo) -> Rows | None:
     if is_fortran or dtype.hasobject or not shape:
         return None
     size = math.prod(shape[1:]) * dtype.itemsize
+    known = _identity(path)
 
     def read(indices: Array) -> Array:
         found = np.empty((len(indices), *shape[1:]), dtype)
+        if _identity(path) != known:
+            raise UsageError("was changed while it was read", where=str(path))
         with path.open("rb") as opened:
             for first, last in _runs(indices):
                 opened.seek(start + int(indices[first]) * size)
@@ -146,6 +163,15 @@ def _on_disk(path: Path, info: zipfile.ZipInfo) -> Rows | None:
         return found
 
     return Rows(read, shape, dtype)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Other figures are another content. Raises: UsageError where the file is gone."""
+    try:
+        found = path.stat()
+    except OSError as e:
+        raise UsageError(f"cannot be read any more: {e.strerror}", where=str(path)) from e
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _runs(indices: Array) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ says that nothing but the float model passed: what was asked for does not exist.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.cli import arguments as args
 from edge_runtime.cli import output
-from edge_runtime.errors import ModelError
+from edge_runtime.errors import ModelError, StorageError
 
 if TYPE_CHECKING:
     from quantize.passes import Say
@@ -108,6 +109,8 @@ def _do(arguments: argparse.Namespace, given: Callable[[Path, Say], Recipe]) -> 
     from edge_runtime.cli.progress import Progress
     from quantize import origins, workflow
 
+    for path in (arguments.out, arguments.report, arguments.out_json):
+        _check_place(path)
     with tempfile.TemporaryDirectory(prefix="edge-quantize-") as temporary:
         folder = arguments.work or Path(temporary)
         with Progress(sys.stderr, quiet=arguments.json) as progress:
@@ -118,6 +121,20 @@ def _do(arguments: argparse.Namespace, given: Callable[[Path, Say], Recipe]) -> 
         if done is None:
             return _plan(ready, as_json=arguments.json)
     return _shown(arguments, recipe, done)
+
+
+def _check_place(path: Path | None) -> None:
+    """Raises: StorageError where no file can be written: now, not after an hour of work."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise StorageError("is a folder", where=str(path), expected="the name of a file")
+    if not os.access(path.parent, os.W_OK):
+        there = path.parent.is_dir()
+        raise StorageError(
+            "cannot be written: " + ("its folder is read-only" if there else "there is no folder"),
+            where=str(path),
+        )
 
 
 def _shown(arguments: argparse.Namespace, recipe: Recipe, done: Finished) -> int:

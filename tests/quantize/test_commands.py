@@ -195,3 +195,46 @@ def test_two_models_are_compared_on_the_same_samples(
     found = json.loads(capsys.readouterr().out)
     assert found["loss"]["drop"] == 0 and found["samples"] == 100
     assert found["first"]["size_bytes"] == found["second"]["size_bytes"]
+
+
+def difference(is_swapped: bool) -> bytes:
+    """first = a - b, second = b [N, 3]; swapped: the same, inputs and outputs in another order."""
+    from onnx import TensorProto, helper
+
+    def values(*names: str) -> list[Any]:
+        ordered = reversed(names) if is_swapped else names
+        return [helper.make_tensor_value_info(one, TensorProto.FLOAT, ["N", 3]) for one in ordered]
+
+    nodes = [
+        helper.make_node("Sub", ["a", "b"], ["first"]),
+        helper.make_node("Identity", ["b"], ["second"]),
+    ]
+    graph = helper.make_graph(nodes, "g", values("a", "b"), values("first", "second"))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return bytes(model.SerializeToString())
+
+
+def test_models_with_tensors_in_another_order_are_compared_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "one.onnx", tmp_path / "two.onnx"]
+    for path, is_swapped in zip(paths, (False, True), strict=True):
+        path.write_bytes(difference(is_swapped))
+    rng = np.random.Generator(np.random.PCG64(0))
+    np.savez(tmp_path / "d.npz", **{name: rng.random((50, 3), np.float32) for name in ("a", "b")})
+    words = ["compare", *map(str, paths), "--data", str(tmp_path / "d.npz"), "--metric", "mse"]
+    assert cli.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["loss"]["drop"] == found["loss"]["bound"] == 0
+    assert any("only output 'first'" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("option", ["-o", "--report", "--out-json"])
+def test_a_place_where_nothing_can_be_written_is_told_before_any_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    words = ["run", str(recipe(folder)), option]
+    assert cli.main([*words, str(tmp_path / "none" / "x")]) == 9
+    assert cli.main([*words, str(tmp_path)]) == 9
+    said = capsys.readouterr()
+    assert "there is no folder" in said.err and "is a folder" in said.err and not said.out

@@ -242,7 +242,7 @@ def test_faults_of_samples_that_are_read_later_are_found_before_any_work(
     whole = datasets.load(saved(tmp_path, x=X), INPUT)
     path = tmp_path / "data.npz"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UsageError, match="became shorter"):
+    with pytest.raises(UsageError, match="was changed"):
         datasets.known(whole)
 
 
@@ -300,3 +300,32 @@ def test_a_part_of_the_values_shows_all_channels_alike(shape: tuple[int, ...], m
     if len(few) > 20 * shape[-1]:
         counts = np.bincount(few, minlength=shape[-1])
         assert counts.min() > 0.8 * counts.max()
+
+
+def test_a_file_that_changes_during_the_run_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "HELD_BYTES_MAX", 1000)
+    path = tmp_path / "data.npz"
+    np.savez(path, x=np.zeros((100, 50), np.float32))
+    found = datasets.load(Data(str(path)), (TensorSpec("x", "FP32", (-1, 50)),))
+    assert found.inputs["x"][3].max() == 0
+    np.savez(tmp_path / "new.npz", x=np.ones((100, 50), np.float32))
+    (tmp_path / "new.npz").replace(path)
+    with pytest.raises(UsageError, match="was changed"):
+        found.inputs["x"][3]
+    path.unlink()
+    with pytest.raises(UsageError, match="any more"):
+        found.inputs["x"][3]
+
+
+@pytest.mark.parametrize("place", [60, 300, 2000])
+def test_a_damaged_file_is_named(tmp_path: Path, place: int) -> None:
+    path = tmp_path / "data.npz"
+    np.savez_compressed(path, x=np.random.Generator(np.random.PCG64(0)).random((100, 50)))
+    damaged = bytearray(path.read_bytes())
+    for index in range(place, place + 8):
+        damaged[index] ^= 0xFF
+    path.write_bytes(damaged)
+    with pytest.raises(UsageError, match="plain arrays"):
+        datasets.load(Data(str(path)), (TensorSpec("x", "FP32", (-1, 50)),))

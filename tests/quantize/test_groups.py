@@ -39,6 +39,22 @@ def test_a_copy_takes_its_whole_group_out_of_the_evaluation() -> None:
     assert split.notes[-1] == "50 samples in 5 groups judge"
 
 
+def test_silence_in_every_recording_is_no_copy() -> None:
+    x, groups = RNG.random((200, 8)), np.arange(200) // 10
+    x[::10] = 0
+    for grouped in (None, groups):
+        split = datasets.split(data(x, grouped), None, 60, 0, 0, 0)
+        assert len(split.evaluation) + len(split.calibration) == 200
+        assert checks.OVERLAP not in {one.fault for one in split.findings}
+
+
+def test_samples_of_which_there_are_only_a_few_kinds_judge_though_others_alike_calibrate() -> None:
+    switches = RNG.integers(0, 3, (300, 3)).astype(np.float32)
+    split = datasets.split(data(switches), None, 60, 0, 0, 0)
+    assert len(split.evaluation) == 240
+    assert [one.fault for one in split.findings] == [checks.DUPLICATES]
+
+
 def test_without_any_sample_left_the_run_does_not_begin() -> None:
     with pytest.raises(UsageError, match="60 of 60") as caught:
         datasets.split(data(X), data(X), 100, 0, 0, 0)
@@ -195,3 +211,11 @@ def test_the_bound_of_a_mean_holds_with_few_samples_too(count: int) -> None:
         for _ in range(150)
     ]
     assert np.mean(held) >= 0.92
+
+
+@pytest.mark.parametrize("labels", [np.array(["a text"] * 20), np.full((20, 3), 0.5)])
+def test_goldens_are_chosen_whatever_a_metric_of_the_users_has_for_labels(
+    labels: np.ndarray[tuple[int, ...], np.dtype[np.generic]],
+) -> None:
+    answers = RNG.random((20, 4))
+    assert packing.choose_goldens(answers, labels, 6) == packing.choose_goldens(answers, None, 6)

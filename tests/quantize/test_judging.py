@@ -153,3 +153,17 @@ def test_equal_hits_of_few_samples_prove_little() -> None:
     assert scores.metric("top1").is_share and scores.metric("agreement").is_share
     assert all(scores.difference(one, one, 0.95).bound > 0.1 for one in hits)
     assert scores.difference(hits[1], hits[1], 0.95, is_share=False).bound > 0.1  # a callable's
+
+
+def test_labels_that_are_missing_are_counted() -> None:
+    labels = np.where(LABELS == 3, np.nan, LABELS.astype(float))
+    bad = int((LABELS == 3).sum())
+    for spec in (CLASSES, ONE):
+        with pytest.raises(UsageError, match=f"for {bad} of {len(LABELS)}"):
+            judging.judged(Evaluation(), (spec,), labels)
+
+
+def test_outputs_that_nothing_judges_are_said() -> None:
+    found = judging.judged(Evaluation(), (CLASSES, ONE), LABELS)
+    assert found.note == f"only output {CLASSES.name!r} is judged, not {ONE.name!r}"
+    assert judging.judged(Evaluation(), (CLASSES,), LABELS).note == ""
