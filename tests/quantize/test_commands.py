@@ -52,7 +52,7 @@ def test_init_writes_a_recipe_with_comments_that_run_understands(
     words = ["init", str(folder / MODEL), "--data", str(folder / "data.npz"), "--drop-max", "0.02"]
     assert cli.main([*words, "-o", str(out)]) == 0
     text = out.read_text()
-    assert 'source: "colour.onnx"  # the trained model' in text
+    assert 'source: "colour.onnx"  # the model' in text
     loaded = recipes.load(out)
     assert loaded.source == str(folder / MODEL) and loaded.budgets.drop_max == 0.02
     assert {one.name for one in loaded.variants} >= {"fp32", "int8"}
