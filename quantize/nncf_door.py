@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_runtime.errors import UsageError
+from edge_runtime.errors import ModelError, UsageError
 from quantize import causes, datasets, foreign, onnx_door, openvino_door, scores
 from quantize.passes import Bench, Feeds, Validation
 
@@ -43,7 +43,7 @@ def quantize(source: Path, out: Path, how: NncfInt8, bench: Bench) -> None:
         UsageError: the library is not installed, or a node to be ignored does not exist.
         ModelError: it refuses the model.
     """
-    model, library = _load(source), _library()
+    model, library = _load(source, how.exclude), _library()
     rows = list(_rows(bench.calibration, bench))
     with foreign.ours("NNCF failed to quantize", source):
         made = library.quantize(model, library.Dataset(rows), **_options(library, how, len(rows)))
@@ -56,7 +56,7 @@ def quantize_with_control(source: Path, out: Path, how: NncfAccuracy, bench: Ben
     Raises:
         UsageError, ModelError: as `quantize`.
     """
-    model, library = _load(source), _library()
+    model, library = _load(source, how.exclude), _library()
     seen = bench.validation
     assert seen is not None, "the runner gives it to passes that say `validates`"
     drop_max = seen.drop_max if how.drop_max is None else how.drop_max
@@ -121,7 +121,8 @@ class _Judge:
         near = scores.negative_mse(got[output], None, self._want[output][places])
         if len(places) < len(self._rows):
             return float(near.mean()), near.tolist()
-        return self.note(got), near.tolist()
+        # NNCF divides by the float model's, which is 0 where its own answers are the truth.
+        return 1 + self.note(got) - self.scores[0], near.tolist()
 
     def note(self, got: Feeds) -> float:
         """The metric of answers to all samples; kept."""
@@ -176,7 +177,7 @@ def _told(
 ) -> str:
     """What was done, in one sentence."""
     first = judge.scores[0] - judge.scores[1]
-    begin = f"NNCF, by {samples} samples that neither calibrate nor judge: int8 loses {first:.4f}"
+    begin = f"NNCF, by {samples} samples that neither calibrate nor judge: int8 loses {first:.4g}"
     begin += f" {seen.metric}, {drop_max:.4g} is wanted"
     if not back:
         return f"{begin}: nothing went back into float"
@@ -184,7 +185,7 @@ def _told(
     more = f" and {len(back) - NAMED_MAX} more" if len(back) > NAMED_MAX else ""
     return (
         f"{begin}; with {len(back)} of {count} nodes back in float ({', '.join(back[:NAMED_MAX])}"
-        f"{more}) it loses {lost:.4f}"
+        f"{more}) it loses {lost:.4g}"
     )
 
 
@@ -225,9 +226,9 @@ def compress_weights(source: Path, out: Path, how: NncfWeights) -> None:
 
     Raises:
         UsageError: the library is not installed, or a node to be ignored does not exist.
-        ModelError: it refuses the model.
+        ModelError: it refuses the model, or no weights are in so few bits.
     """
-    model, library = _load(source), _library()
+    model, library = _load(source, how.exclude), _library()
     sign = "SYM" if how.symmetric else "ASYM"
     options: dict[str, Any] = {"mode": library.CompressWeightsMode[f"INT{how.bits}_{sign}"]}
     if how.bits == 4:
@@ -236,12 +237,29 @@ def compress_weights(source: Path, out: Path, how: NncfWeights) -> None:
         options["ignored_scope"] = library.IgnoredScope(names=list(how.exclude))
     with foreign.ours("NNCF failed to compress the weights", source):
         made = library.compress_weights(model, **options)
+    if how.bits == 4 and not openvino_door.has_four_bits(made):
+        raise ModelError(
+            "no weights were stored in 4 bits: none but products before the last layer can be",
+            where=str(source),
+            remedy="raise `share`, or use 8 bits",
+        )
     _save(made, out)
 
 
-def _load(path: Path) -> Any:
-    """The model as NNCF takes it. OpenVINO comes in first: NNCF imports it as it finds it."""
-    return openvino_door.load(path) if path.suffix == openvino_door.IR else onnx_door.load(path)
+def _load(path: Path, exclude: Sequence[str]) -> Any:
+    """The model as NNCF takes it. OpenVINO comes in first: NNCF imports it as it finds it.
+
+    Raises:
+        UsageError: a name in `exclude` that no node has.
+    """
+    if path.suffix == openvino_door.IR:
+        model = openvino_door.load(path)
+        openvino_door.refuse_unknown(exclude, model)
+    else:
+        model = onnx_door.load(path)
+        onnx_door.refuse_unknown(exclude, model)
+        onnx_door.tell_apart(model)  # NNCF wants names of its nodes' own
+    return model
 
 
 def _save(made: Any, out: Path) -> None:

@@ -213,7 +213,14 @@ def _values(source: ModelFile, feeds: Feeds, wanted: set[str]) -> Iterator[tuple
     for index, values in enumerate(runs):
         own = {name: feeds[name][index * step : (index + 1) * step] for name in given}
         count = len(next(iter(feeds.values()))[index * step : (index + 1) * step])
-        yield count, {name: value for name, value in (own | values).items() if value.size}
+        yield count, {name: _numbers(one) for name, one in (own | values).items() if one.size}
+
+
+def _numbers(value: Array) -> Array:
+    """Infinities and NaNs, which no integer stands for, as 0, which every range holds."""
+    if np.isfinite([value.min(), value.max()]).all():
+        return value
+    return np.where(np.isfinite(value), value, 0).astype(value.dtype)
 
 
 def _onnx_ranges(path: Path, source: Path) -> dict[str, tuple[float, float]]:

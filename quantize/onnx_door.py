@@ -6,13 +6,15 @@ library becomes ours here.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from edge_runtime.errors import ModelError, NotFoundError, UsageError
+from edge_runtime.errors import ModelError, NotFoundError, UsageError, did_you_mean
 
 PROTOBUF_BYTES_MAX = 1 << 31  # of one message, and an ONNX file is one
 
@@ -126,6 +128,31 @@ def raised(model: Any, opset: int) -> Any:
             f"cannot be raised from operator set {version} to {opset}: {_brief(e)}",
             remedy=f"export the model again with opset {opset} or later",
         ) from e
+
+
+def refuse_unknown(names: Sequence[str], model: Any) -> None:
+    """Raises: UsageError for a name that no node has: libraries ignore it."""
+    known = [node.name for node in model.graph.node]
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"the model has no node {name!r}",
+                where="exclude",
+                remedy=did_you_mean(name, known) or "`edge-quantize sensitivity` lists the nodes",
+            )
+
+
+def tell_apart(model: Any) -> None:
+    """Give nodes that share a name (as those of a function may) different ones; the first stays."""
+    taken = {node.name for node in model.graph.node}
+    seen: set[str] = set()
+    for node in model.graph.node:
+        if node.name in seen:
+            free = (f"{node.name}.{number}" for number in itertools.count(1))
+            node.name = next(name for name in free if name not in taken)
+            taken.add(node.name)
+        if node.name:
+            seen.add(node.name)
 
 
 def sort(model: Any) -> None:

@@ -73,7 +73,7 @@ def quantize_static(
         ModelError: the library refuses the model, or nothing was quantized.
     """
     tools = _tools()
-    _check_nodes(source, how.exclude)
+    onnx_door.refuse_unknown(how.exclude, onnx_door.load(source))
     feeds = _some(bench.calibration, how.samples)
     extra: dict[str, Any] = {
         "ActivationSymmetric": how.symmetric_activations,
@@ -142,7 +142,7 @@ def _with_limits(model: Any, names: tuple[str, ...]) -> tuple[str, ...]:
 def quantize_dynamic(source: Path, out: Path, how: DynamicInt8, bench: Bench) -> None:
     """Write the model with integer weights. Raises: UsageError, ModelError."""
     tools = _tools()
-    _check_nodes(source, how.exclude)
+    onnx_door.refuse_unknown(how.exclude, onnx_door.load(source))
     with (
         tempfile.TemporaryDirectory() as scratch,
         foreign.ours("onnxruntime failed to quantize", source),
@@ -176,11 +176,14 @@ def pack_weights(source: Path, out: Path, how: WeightOnly) -> None:
     """
     _library()
     model = onnx_door.load(source)
+    onnx_door.refuse_unknown(how.exclude, model)
     weights = onnx_door.arrays(model)
     fit = [n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
-    if not fit:
+    if not any(n.name not in how.exclude for n in fit):
         raise UsageError(
-            "the model has no MatMul with constant weights: nothing can be stored in 4 bits",
+            "the model has no MatMul with constant weights"
+            + (" that is not excluded" if fit else "")
+            + ": nothing can be stored in 4 bits",
             remedy="use 8 bits, which any Conv, Gemm or MatMul takes",
         )
     with foreign.ours("onnxruntime failed to quantize", source):
@@ -197,12 +200,18 @@ def pack_weights(source: Path, out: Path, how: WeightOnly) -> None:
 
 
 def to_float16(source: Path, out: Path, exclude: tuple[str, ...]) -> None:
-    """Write the model computing in float16, its inputs and outputs as they were."""
+    """Write the model computing in float16, its inputs and outputs as they were.
+
+    Raises:
+        UsageError: a name that no node has. ModelError: the library refuses the model.
+    """
     _library()
+    model = onnx_door.load(source)
+    onnx_door.refuse_unknown(exclude, model)
     with foreign.ours("onnxruntime failed to convert", source):
         module = importlib.import_module("onnxruntime.transformers.float16")
         model = module.convert_float_to_float16(
-            onnx_door.infer_shapes(onnx_door.load(source)),
+            onnx_door.infer_shapes(model),
             keep_io_types=True,
             node_block_list=list(exclude) or None,
         )
@@ -374,22 +383,6 @@ def _tools() -> Any:
     _library()
     with foreign.quiet():
         return importlib.import_module("onnxruntime.quantization")
-
-
-def _check_nodes(source: Path, names: tuple[str, ...]) -> None:
-    """Raises: UsageError for a name that no node has: the library would ignore it."""
-    if not names:
-        return
-    from edge_runtime.errors import did_you_mean
-
-    known = [node.name for node in onnx_door.load(source).graph.node]
-    for name in names:
-        if name not in known:
-            raise UsageError(
-                f"the model has no node {name!r}",
-                where="exclude",
-                remedy=did_you_mean(name, known) or "`edge-quantize sensitivity` lists the nodes",
-            )
 
 
 def _check_result(out: Path, exclude: tuple[str, ...]) -> None:

@@ -7,13 +7,14 @@ Law of this file: packed IR in, packed IR out. It imports the library by the bac
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.backends import openvino, openvino_library
 from edge_runtime.bundle import create
-from edge_runtime.errors import BackendError, UsageError
+from edge_runtime.errors import BackendError, UsageError, did_you_mean
 from quantize import foreign
 
 IR = ".ir"  # the ending of a packed file
@@ -71,6 +72,25 @@ def quantized(model: Any) -> list[str]:
         if op.get_input_size() and op.get_type_name() not in PASSING | {"Result", "FakeQuantize"}
         if is_quantized(op)
     ]
+
+
+def refuse_unknown(names: Sequence[str], model: Any) -> None:
+    """Raises: UsageError for a name that no node has."""
+    known = [op.get_friendly_name() for op in model.get_ordered_ops() if op.get_input_size()]
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"the model has no node {name!r}",
+                where="exclude",
+                expected="the name of a layer in the .xml file",
+                remedy=did_you_mean(name, known),
+            )
+
+
+def has_four_bits(model: Any) -> bool:
+    """Whether some constant is stored in 4 bits."""
+    constants = [op for op in model.get_ops() if op.get_type_name() == "Constant"]
+    return any(op.get_element_type().get_type_name() in ("i4", "u4") for op in constants)
 
 
 def note(path: Path, key: str) -> str:

@@ -57,12 +57,19 @@ def _static(**more: Any) -> tuple[dict[str, Any], ...]:
 _THIN: Any = ("exclude", "thin")
 # ONNX's names and OpenVINO's.
 _PRODUCTS = frozenset({"MatMul", "Gemm", "LSTM", "GRU", "Attention", "LSTMSequence", "GRUSequence"})
-_BY_OPENVINO = (
-    Idea(Variant("bf16-openvino", "openvino", {"precision": "bf16"}), features=causes.BFLOAT16),
-    Idea(Variant("int8-nncf", "openvino", passes=({"use": "nncf_int8"},)), needs="nncf"),
-    # The same again where nothing is lost; where something is, it takes its time.
-    Idea(Variant("int8-controlled", "openvino", passes=({"use": "nncf_accuracy"},)), needs="nncf"),
-)
+
+
+def _by_openvino(*before: dict[str, Any]) -> tuple[Idea, ...]:
+    """Of either format; NNCF fails on ONNX whose weights are nodes, which `clean` makes weights."""
+    int8, controlled = ((*before, {"use": use}) for use in ("nncf_int8", "nncf_accuracy"))
+    return (
+        Idea(Variant("bf16-openvino", "openvino", {"precision": "bf16"}), features=causes.BFLOAT16),
+        Idea(Variant("int8-nncf", "openvino", passes=int8), needs="nncf"),
+        # The same again where nothing is lost; where something is, it takes its time.
+        Idea(Variant("int8-controlled", "openvino", passes=controlled), needs="nncf"),
+    )
+
+
 # By backend. Several ways to read ranges are tried, because none is best for every model.
 _ONNX: dict[str, tuple[Idea, ...]] = {
     "onnxruntime": (
@@ -79,14 +86,14 @@ _ONNX: dict[str, tuple[Idea, ...]] = {
     "openvino": (
         Idea(Variant("fp32-openvino", "openvino")),
         Idea(Variant("int8-openvino", "openvino", passes=_static())),
-        *_BY_OPENVINO,
+        *_by_openvino(CLEAN),
     ),
 }
 _IR: dict[str, tuple[Idea, ...]] = {
     "openvino": (
         Idea(Variant("fp32-openvino", "openvino")),
         Idea(Variant("fp16-openvino", "openvino", passes=({"use": "float16"},))),
-        *_BY_OPENVINO,
+        *_by_openvino(),
         Idea(
             Variant("weights-nncf", "openvino", passes=({"use": "nncf_weights"},)),
             _PRODUCTS,

@@ -48,15 +48,24 @@ def histograms(runs: Callable[[], Iterable[Values]]) -> dict[str, Histogram]:
     for values in runs():
         for name, value in values.items():
             if name in limits:
-                found[name] = counted(found.get(name), value, *limits[name])
+                found[name] = counted(found.get(name), finite(value), *limits[name])
     return found
 
 
+def finite(values: Array) -> Array:
+    """The values without infinities and NaNs (a logarithm of 0): no integer stands for these."""
+    if not values.size or np.isfinite([values.min(), values.max()]).all():
+        return values
+    kept: Array = values[np.isfinite(values)]
+    return kept
+
+
 def extremes(runs: Iterable[Values]) -> dict[str, tuple[float, float]]:
-    """By tensor the smallest and largest value, and 0."""
+    """By tensor the smallest and largest finite value, and 0."""
     found: dict[str, tuple[float, float]] = {}
     for values in runs:
-        for name, value in values.items():
+        for name, whole in values.items():
+            value = finite(whole)
             low, high = found.get(name, (0.0, 0.0))
             if value.size:
                 found[name] = min(low, float(value.min())), max(high, float(value.max()))
@@ -70,7 +79,8 @@ def averaged(runs: Iterable[Values]) -> dict[str, tuple[float, float]]:
     """
     found: dict[str, tuple[float, float]] = {}
     for values in runs:
-        for name, value in values.items():
+        for name, whole in values.items():
+            value = finite(whole)
             if value.size:
                 new = float(value.min()), float(value.max())
                 old = found.get(name, new)

@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_runtime.backends import backend
 from edge_runtime.errors import UsageError
-from quantize import datasets, evaluating, judging, scores, scratch
+from quantize import datasets, evaluating, foreign, judging, scores, scratch
 from quantize.datasets import Dataset, Split
 from quantize.evaluating import Judge
 from quantize.passes import Feeds, Validation
@@ -66,6 +66,7 @@ def validation(
         datasets.fingerprint(samples)["sha256"],
         None if labels is None else scratch.key(labels.tolist()),
         [name, judge.recipe.evaluation, drop_max, judge.output],
+        foreign.code_sha256(judge.recipe.evaluation.callable, "evaluation.callable"),
         [variant.backend, backend(variant.backend).version(), judge.options(variant)],
     )
     return Validation(

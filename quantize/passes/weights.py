@@ -31,7 +31,7 @@ class WeightOnly(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bits: 8: any Conv, Gemm or MatMul, one scale per output channel. 4: MatMul only, in blocks
             (MatMulNBits, an operator of onnxruntime).
         block: values that share a scale, with 4 bits.
-        exclude: nodes by name that keep their weights.
+        exclude: nodes by name that keep their weights; others that share these keep them too.
     """
 
     bits: Literal[8, 4] = 8
@@ -90,14 +90,16 @@ def _store_as_int8(source: Path, out: Path, exclude: tuple[str, ...]) -> None:
             "scales per channel need operator set 13",
             remedy="export the model with opset 13 or later",
         )
+    onnx_door.refuse_unknown(exclude, model)
     weights = onnx_door.arrays(model)
+    floats = {name for node in model.graph.node if node.name in exclude for name in node.input}
     done: set[str] = set()
     for node in list(model.graph.node):
         place, axis = _WEIGHTS.get(node.op_type, (1, 0))
-        if node.op_type not in _WEIGHTS or node.name in exclude or len(node.input) <= place:
+        if node.op_type not in _WEIGHTS or len(node.input) <= place:
             continue
         name = node.input[place]
-        if name not in weights or weights[name].size < ELEMENTS_MIN:
+        if name in floats or name not in weights or weights[name].size < ELEMENTS_MIN:
             continue
         if node.op_type == "Gemm" and _transposed(node):
             axis = 0

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -16,8 +17,22 @@ from edge_runtime.backends import backend, openvino_library
 from edge_runtime.bundle import archive
 from edge_runtime.errors import BundleError, ModelError, NotFoundError, UsageError
 from examples.fashion_mnist import outlier
-from quantize import building, causes, cli, models, passes, proposing, scratch, workflow
+from quantize import (
+    building,
+    causes,
+    cli,
+    models,
+    onnx_door,
+    openvino_door,
+    passes,
+    proposing,
+    scores,
+    scratch,
+    targets,
+    workflow,
+)
 from quantize.building import Built
+from quantize.evaluating import Judge
 from quantize.passes import FLOAT, INTEGER, OPENVINO, SMALL_WEIGHTS, Bench
 from quantize.passes.openvino import NncfInt8, NncfWeights
 from quantize.passes.weights import Float16
@@ -82,10 +97,18 @@ def test_ir_of_two_files_is_read_as_one_float_model(ir: Path) -> None:
 
 
 def test_auto_makes_a_bundle_of_ir(
-    ir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ir: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # What NNCF and bfloat16 make has tests of its own; here they would take most of the time.
+    here = targets.can_import
+    monkeypatch.setattr(targets, "can_import", lambda name: name != "nncf" and here(name))
+    monkeypatch.setattr(causes, "processor_features", frozenset)
     out = tmp_path / "out.bundle"
-    words = ["auto", str(ir), "--data", str(data), "--target", "generic-x86_64"]
+    words = ["auto", str(ir), "--data", str(data), "--target", "generic-x86_64", "--samples", "100"]
     assert cli.main([*words, "--drop-max", "0.2", "-o", str(out), "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)
     found = {one["name"]: one for one in outcome["evaluated"]}
@@ -238,9 +261,51 @@ def test_nncf_stores_weights_of_ir_in_fewer_bits(
 
 
 @needs_nncf
-def test_a_node_that_is_not_there_is_named(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no_such_node"):
-        NncfInt8(exclude=("no_such_node",)).apply(CNN, tmp_path / "o.onnx", bench(data))
+@pytest.mark.parametrize("kind", ["onnx", "ir"])
+def test_a_node_that_is_not_there_is_named_with_the_nearest(
+    kind: str, ir: Path, data: Path, tmp_path: Path
+) -> None:
+    source = models.read(CNN if kind == "onnx" else ir).path
+    with pytest.raises(UsageError, match=r"no node '/3/Cony'.*; did you mean '/3/Conv"):
+        NncfInt8(exclude=("/3/Cony",)).apply(source, tmp_path / f"o.{kind}", bench(data))
+
+
+@needs_nncf
+@pytest.mark.parametrize("kind", ["onnx", "ir"])
+def test_an_excluded_node_computes_in_float_where_it_runs(
+    kind: str, ir: Path, data: Path, tmp_path: Path
+) -> None:
+    source, out = models.read(CNN if kind == "onnx" else ir).path, tmp_path / f"out.{kind}"
+    name = "/3/Conv" if kind == "onnx" else "/3/Conv/WithoutBiases"
+    NncfInt8(exclude=(name,)).apply(source, out, bench(data))
+    library = openvino_library.library()
+    told = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = library.Core().compile_model(openvino_door.load(out), "CPU", told)
+    infos = [one.get_rt_info() for one in compiled.get_runtime_model().get_ordered_ops()]
+    found = {
+        one["originalLayersNames"].astype(str): one["runtimePrecision"].astype(str)
+        for one in infos
+        if one["layerType"].astype(str) == "Convolution"
+    }
+    floats = [names for names, precision in found.items() if precision == "f32"]
+    assert len(found) == 4 and len(floats) == 1 and "/3/Conv" in floats[0]
+
+
+@needs_nncf
+def test_4_bits_for_nothing_is_refused(ir: Path, data: Path, tmp_path: Path) -> None:
+    """The one product that could have them is more than a thousandth of the weights."""
+    with pytest.raises(ModelError, match="no weights were stored in 4 bits"):
+        NncfWeights(bits=4, share=0.001).apply(models.read(ir).path, tmp_path / "o.ir", bench(data))
+
+
+@needs_nncf
+def test_nodes_that_share_a_name_are_quantized(data: Path, tmp_path: Path) -> None:
+    model = onnx_door.load(CNN)
+    for node in model.graph.node:
+        node.name = "anon"
+    onnx_door.save(model, tmp_path / "anon.onnx")
+    NncfInt8().apply(tmp_path / "anon.onnx", tmp_path / "out.onnx", bench(data))
+    assert agreement(tmp_path / "out.onnx", data) > 0.9
 
 
 # --- accuracy control -----------------------------------------------------------------------------
@@ -362,3 +427,39 @@ def test_what_was_chosen_by_is_in_the_results_key(apart: tuple[Path, Path]) -> N
     given = (chain, ready.source, ready.split.calibration, 0)
     keys = {building.keys(*given, seen)[0], building.keys(*given, seen._replace(key="x"))[0]}
     assert len(keys) == 2
+
+
+@needs_nncf
+@pytest.mark.parametrize("kind", ["onnx", "ir"])
+def test_a_metric_that_is_0_for_the_float_model_controls_too(
+    kind: str, outliers: Path, apart: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = outliers if kind == "onnx" else as_ir(outliers, tmp_path / "outliers.xml")
+    ready, said = controlled(model, *apart, drop_max=1.0), []
+    whole = ready.judge
+    judge = Judge(whole.recipe, whole.source, whole.data, scores.metric("mse"), whole.output)
+    assert ready.split.spare is not None
+    bare = ready.split._replace(spare=ready.split.spare.labelled(None))
+    ready = ready._replace(judge=judge, metric="mse", split=bare)
+    one = built(ready, 2, tmp_path / "work", said)
+    (told,) = [text for text in said if "back in float" in text]
+    lost = [float(text.split()[0]) for text in told.split("loses ")[1:]]
+    assert not one.refusal and lost[0] > 1.0 >= lost[1] > 0
+
+
+def test_what_a_metric_does_is_in_the_results_key(
+    apart: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for number in (0, 1):
+        code = f"def how(answers, labels):\n    return answers[:, {number}]\n"
+        (tmp_path / "my_metric.py").write_text(code)
+        ready = controlled(CNN, *apart)
+        told = msgspec.structs.replace(ready.recipe.evaluation, callable="my_metric:how")
+        recipe = msgspec.structs.replace(ready.recipe, evaluation=told)
+        made = ready.judge
+        judge = Judge(recipe, made.source, made.data, made.metric, made.output)
+        ready = ready._replace(recipe=recipe, judge=judge)
+        keys.append(workflow.validation(ready, ready.chains[0])().key)
+    assert keys[0] != keys[1]
