@@ -54,9 +54,9 @@ def function(text: str, where: str) -> Callable[..., Any]:
     module, _, name = text.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
+    except (Exception, SystemExit) as e:  # the user's own code is run here
         raise UsageError(
-            f"{text!r} cannot be imported: {e}",
+            f"{text!r} cannot be imported: {type(e).__name__}: {e}",
             where=where,
             expected="module:function that Python finds (PYTHONPATH)",
         ) from e

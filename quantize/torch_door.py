@@ -104,10 +104,10 @@ def module_of(model: Any) -> Any:
 
 
 def write_back(model: Any, module: Any) -> None:
-    """The module's parameters and statistics as the graph's weights.
+    """The module's parameters and statistics as the graph's weights, in the graph's datatypes.
 
     Raises:
-        ModelError: a weight is no number any more (the training diverged).
+        ModelError: a weight is no number any more (the training diverged), or has another shape.
     """
     onnx, torch = onnx_door.library(), library()
     held = module.weights()
@@ -121,8 +121,15 @@ def write_back(model: Any, module: Any) -> None:
                 where="fine_tune",
                 remedy="a smaller learning rate",
             )
-        array = value.detach().cpu().numpy()
-        item.CopyFrom(onnx.numpy_helper.from_array(array.copy(), item.name))
+        if tuple(value.shape) != tuple(item.dims):
+            raise ModelError(
+                f"weight {item.name!r} became {list(value.shape)}, it was {list(item.dims)}",
+                where="fine_tune",
+                remedy="training may change numbers alone; channels go by the pass prune_channels",
+            )
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(item.data_type)
+        array = value.detach().cpu().double().numpy().astype(dtype)
+        item.CopyFrom(onnx.numpy_helper.from_array(array, item.name))
 
 
 def trained_names(nodes: list[Node], arrays: dict[str, Any]) -> list[str]:
@@ -168,7 +175,7 @@ def _ours(train: str, where: str) -> Iterator[None]:
         yield
     except EdgeError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # exit() in it would end the run as if all were well
         first = str(e).partition("\n")[0]
         raise ModelError(f"{train} failed: {type(e).__name__}: {first}", where=where) from e
 

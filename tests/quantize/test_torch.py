@@ -367,6 +367,16 @@ def test_an_untrained_model_comes_back_with_the_same_answers(
     assert np.array_equal(answers(out, x)["logits"], answers(MODEL, x)["logits"])
 
 
+@pytest.mark.parametrize("kind", ["half", "double"])
+def test_a_model_that_was_trained_in_other_floats_comes_back_in_the_graphs(
+    kind: str, tmp_path: Path, user: Callable[[Callable[..., Any]], str]
+) -> None:
+    out = tuned(user(lambda model, seed: getattr(model, kind)()), MODEL, tmp_path / "same.onnx")
+    x = RNG.random((3, 1, 28, 28), dtype=np.float32)
+    want = answers(MODEL, x)["logits"]
+    np.testing.assert_allclose(answers(out, x)["logits"], want, atol=1e-2 * np.abs(want).max())
+
+
 def test_the_seed_decides_what_torch_draws(
     tmp_path: Path, user: Callable[[Callable[..., Any]], str]
 ) -> None:
@@ -386,6 +396,11 @@ def _diverges(model: Any, seed: int) -> None:
         next(model.parameters()).mul_(float("nan"))
 
 
+def _widens(model: Any, seed: int) -> None:
+    first = next(model.parameters())
+    first.data = torch.zeros(64, 1, 5, 5)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -393,6 +408,8 @@ def _diverges(model: Any, seed: int) -> None:
         (_diverges, "not finite"),
         (lambda model, seed: torch.nn.ReLU(), "returned a ReLU"),
         (lambda model: None, "TypeError"),
+        (lambda model, seed: sys.exit(0), "failed: SystemExit: 0"),
+        (_widens, r"became \[64, 1, 5, 5\], it was \[\d+, 1, 3, 3\]"),
     ],
 )
 def test_a_training_that_fails_is_our_error_and_writes_nothing(
