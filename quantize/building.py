@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edge_runtime.errors import EdgeError
+from edge_runtime.errors import EdgeError, StorageError
 from quantize import datasets, models, passes, recipe, scratch
 from quantize.datasets import Dataset
 from quantize.models import ModelFile
@@ -92,6 +92,8 @@ def build(
                 key, ending(one, path), functools.partial(one.apply, path, bench=bench)
             )
         result = models.read(path)
+    except StorageError:  # no fault of the variant's
+        raise
     except EdgeError as error:
         return Built(chain.variant, None, "", steps, str(error))
     refusal = _changed(source, result)
@@ -118,6 +120,8 @@ def keys(
     found = []
     for one in chain.passes:
         made_of.append([passes.describe(one), one.versions()])
+        if passes.TORCH in one.requires:  # it works on the module, of which the file shows a part
+            made_of.append(source.code_sha256)
         if validation is not None and passes.validates(one):
             made_of.append(validation.key)
         found.append(scratch.key(*made_of))

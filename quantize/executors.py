@@ -9,7 +9,6 @@ the job as JSON on stdin, what it said as JSON in the file OUT.
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import select
 import signal
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import msgspec
 
-from edge_runtime.errors import EdgeError, UsageError
+from edge_runtime.errors import EdgeError, StorageError, UsageError
 from edge_runtime.serving import sandbox
 
 # A job that dies so often is its own fault, not the machine's: a library that crashes on a model.
@@ -42,10 +41,14 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Said(msgspec.Struct, frozen=True):
-    """What a job answered, or why it refused; a refusal is not tried again."""
+    """What a job answered, or why it refused; a refusal is not tried again by `run`.
+
+    `passing`: the refusal says more of this machine's hour (memory, disk) than of the job.
+    """
 
     result: Any = None
     refusal: str = ""
+    passing: bool = False
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -91,7 +94,7 @@ def run(
     now_s: Callable[[], float] = time.monotonic,
     may_begin: Callable[[], bool] = lambda: True,
     tick: Callable[[], None] = lambda: None,
-    tick_s: float = math.inf,
+    tick_s: float = JOB_S_MAX,
 ) -> Iterator[Done]:
     """Every job's end, in the order of ending. A lost job is tried ATTEMPTS_MAX times in all.
 
@@ -121,7 +124,8 @@ def run(
             elif one.attempt < ATTEMPTS_MAX:
                 waiting.append((one.job, one.attempt + 1))
             else:
-                yield Done(key, Said(refusal=f"lost {one.attempt} times: {said}"), one.attempt)
+                lost = f"lost {one.attempt} times: {said}"
+                yield Done(key, Said(refusal=lost, passing=True), one.attempt)
         for key in [key for key, one in running.items() if one.deadline_s <= now_s()]:
             executor.cancel(key)
             refusal = f"took longer than {job_s_max:g} s"
@@ -134,9 +138,9 @@ def call(job: Job) -> Said:
     try:
         return Said(getattr(importlib.import_module(module), name)(job.order))
     except EdgeError as error:
-        return Said(refusal=str(error))
+        return Said(refusal=str(error), passing=isinstance(error, StorageError))
     except Exception as error:  # noqa: BLE001 - the job's end must be known where it was asked for
-        return Said(refusal=f"unexpected {type(error).__name__}: {error}")
+        return Said(refusal=f"unexpected {type(error).__name__}: {error}", passing=True)
 
 
 def call_json(job: bytes) -> bytes:
@@ -178,7 +182,9 @@ class LocalExecutor:
         order.write_bytes(msgspec.json.encode(job))
         with order.open("rb") as stdin, log.open("wb") as sink:
             command = [sys.executable, "-m", "quantize.executors", str(out)]
-            process = subprocess.Popen(command, stdin=stdin, stdout=sink, stderr=sink)
+            process = subprocess.Popen(
+                command, stdin=stdin, stdout=sink, stderr=sink, start_new_session=True
+            )
         self._running[job.key] = _Process(process, os.pidfd_open(process.pid), out, log)
 
     def wait(self, timeout_s: float) -> list[tuple[str, Said | str]]:
@@ -191,10 +197,7 @@ class LocalExecutor:
 
     def cancel(self, key: str) -> None:
         """See Executor."""
-        one = self._running.pop(key)
-        one.process.kill()
-        one.process.wait()
-        os.close(one.pidfd)
+        _end(self._running.pop(key))
 
     def close(self) -> None:
         """See Executor."""
@@ -204,13 +207,20 @@ class LocalExecutor:
 
     def _ended(self, key: str) -> Said | str:
         one = self._running.pop(key)
-        code = one.process.wait()
-        os.close(one.pidfd)
+        code = _end(one)
         if code == 0 and one.out.exists():
             return msgspec.json.decode(one.out.read_bytes(), type=Said)
         last = one.log.read_text(errors="replace").strip().splitlines()[-1:]
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return f"its process ended with {how}" + (f" ({last[0][:200]})" if last else "")
+
+
+def _end(one: _Process) -> int:
+    """The exit code of a job that has ended or now does, with whatever processes it began: a
+    training's loaders of data among them. Its number is its group's until it is waited for."""
+    os.killpg(one.process.pid, signal.SIGKILL)
+    os.close(one.pidfd)
+    return one.process.wait()
 
 
 # name -> "module:class"; each takes the number of workers (0: what it thinks right).

@@ -42,7 +42,7 @@ class ModelFile(NamedTuple):
         precision: as `bundle create` would name it.
         traits: what it is, for passes.
         also: the same model in other formats, by format. module: `module:function` that it was
-            exported from; empty: from nowhere.
+            exported from, code_sha256: of the files that define it; empty: from nowhere.
     """
 
     path: Path
@@ -54,6 +54,7 @@ class ModelFile(NamedTuple):
     traits: frozenset[str]
     also: Mapping[str, ModelFile] = MappingProxyType({})
     module: str = ""
+    code_sha256: str = ""
 
     def on(self, backend: str) -> ModelFile:
         """The file that this backend is given: its own format's, or the one there is."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,9 +80,12 @@ def read(given: Recipe) -> ModelFile:
         _same_signature(source, one)
     if given.origin is None or not recipe.is_callable(given.origin.source):
         return source._replace(also=also)
-    origin = given.origin.source
+    origin = given.origin
     mine, *others = (
-        one._replace(traits=one.traits | {TORCH}, module=origin) for one in (source, *also.values())
+        one._replace(
+            traits=one.traits | {TORCH}, module=origin.source, code_sha256=origin.code_sha256
+        )
+        for one in (source, *also.values())
     )
     return mine._replace(also=dict(zip(also, others, strict=True)))
 
@@ -262,17 +266,14 @@ def _once(
         before = msgspec.json.decode((kept.folder / beside).read_bytes(), type=Facts)
         with contextlib.suppress(ModelError):
             return path, msgspec.structs.replace(before, difference=compared(job, path))
-    for stale in (path, kept.folder / beside):
-        stale.unlink(missing_ok=True)
-    found: list[Facts] = []
-    kept.made(key, ending, lambda draft: found.append(make(job, draft)))
-    facts = msgspec.json.encode(found[0])
-    kept.made(beside, "", lambda draft: _write(draft, facts))
-    return path, found[0]
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    # Replaced, never taken away: another run may be at work in this folder.
+    with tempfile.TemporaryDirectory(dir=kept.folder) as temporary:
+        draft, facts = Path(temporary) / f"draft{ending}", Path(temporary) / "facts"
+        found = make(job, draft)
+        facts.write_bytes(msgspec.json.encode(found))
+        draft.replace(path)
+        facts.replace(kept.folder / beside)
+    return path, found
 
 
 # --- the two formats ------------------------------------------------------------------------------

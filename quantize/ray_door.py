@@ -41,7 +41,7 @@ class RayExecutor:
                 f"Ray does not start: {' '.join(str(e).split())[:300]}",
                 remedy="check RAY_ADDRESS, or leave it out to start a cluster here",
             ) from e
-        self.workers = workers or int(self._ray.cluster_resources().get("CPU", 1))
+        self.workers = workers or max(int(self._ray.cluster_resources().get("CPU", 1)), 1)
         self._call = self._ray.remote(num_cpus=1, max_retries=0, max_calls=1)(executors.call_json)
         self._keys: dict[Any, str] = {}
 

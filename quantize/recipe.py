@@ -314,6 +314,12 @@ def _check(recipe: Recipe, where: str) -> None:
                 f"{one.name!r} is there twice", where=f"{where}: variants[{index}].name"
             )
         seen.add(one.name)
+    if recipe.search is not None and recipe.search.train and not recipe.search.ratios:
+        raise UsageError(
+            "nothing is pruned, so nothing is trained again",
+            where=f"{where}: search.train",
+            remedy="say how much is to be pruned: `ratios: [0.5]`; or leave `train` out",
+        )
     if recipe.evaluation.metric in ("callable", "wer") and not is_callable(
         recipe.evaluation.callable
     ):

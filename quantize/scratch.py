@@ -8,15 +8,18 @@ it made or measured is not taken for this one's.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import edge_runtime
+from edge_runtime.errors import StorageError
 
 # What decides results: this package without what only shows them, and what runs models.
 CODE = (Path(__file__).parent, Path(edge_runtime.__file__).parent / "backends")
@@ -28,18 +31,41 @@ class Scratch:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        with _stored(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def made(self, key: str, ending: str, make: Callable[[Path], None]) -> Path:
-        """The file of that key; `make` writes it if it is not there yet."""
+        """The file of that key; `make` writes it if it is not there yet.
+
+        Raises:
+            StorageError: it cannot be written. Whatever `make` raises.
+        """
         path = self.folder / f"{key}{ending}"
         if path.exists():
             return path
-        with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
+        with _stored(self.folder), tempfile.TemporaryDirectory(dir=self.folder) as temporary:
             draft = Path(temporary) / f"draft{ending}"
             make(draft)
             draft.replace(path)
         return path
+
+
+@contextlib.contextmanager
+def _stored(folder: Path) -> Iterator[None]:
+    """What the system says of a folder that cannot be written becomes ours."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in _OF_THE_DISK:
+            raise
+        raise StorageError(
+            f"cannot be written: {e.strerror}",
+            where=str(folder),
+            remedy="the same command goes on from what is in --work",
+        ) from e
+
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
 
 
 def key(*parts: Any) -> str:

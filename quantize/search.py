@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from edge_runtime.backends import backend as library_of
 from edge_runtime.cli import output
 from edge_runtime.errors import UsageError
 from quantize import (
@@ -37,6 +38,7 @@ from quantize import (
     sensitivity,
     targets,
     tflite_ops,
+    torch_door,
     trainings,
     trials,
     verdict,
@@ -108,6 +110,7 @@ def search(
     assert recipe.search is not None
     clock = Clock(now_s, now_s(), recipe.search.time_s_max)
     ready = workflow.prepare(trials.alone(recipe, recipe.variants))
+    _check(recipe.search, ready)
     run = _Run(ready, recipe, recipe.search, folder, executor, say, clock)
     for ideas in _rounds(run):
         run.work_off(ideas)
@@ -115,6 +118,19 @@ def search(
             break
     finalists = chosen(run.found, recipe, evaluating.drop_max(ready.judge))
     return Searched(_with(recipe, finalists, run), finalists, tuple(run.found), run.layers)
+
+
+def _check(limits: Search, ready: Prepared) -> None:
+    """Raises: UsageError for what would end the search in its middle, or do nothing in it."""
+    if limits.ratios and ready.source.format != ONNX:
+        raise UsageError(
+            f"channels of {ready.source.format} models cannot be pruned",
+            where="search.ratios",
+            remedy="leave it out, or search with the ONNX model that it was made of",
+        )
+    if limits.train:
+        torch_door.library()
+        torch_door.code_sha256(limits.train, "search.train")
 
 
 class _Run:
@@ -183,8 +199,8 @@ class _Run:
                 )
             if trial is not None:
                 self.found.append(trial)
-        for trial in made.values():  # what a training refused is tried again by the next command
-            self.journal.add(trial)
+                if old is None:
+                    self.journal.add(trial)
 
     def _trained(self, planned: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
         """Those that can be tried now, and those whose training failed; without those for whose
@@ -198,7 +214,7 @@ class _Run:
             if why is None:
                 able.append(one)
             elif why.reason:
-                refused.append(msgspec.structs.replace(one, refusal=why.reason))
+                refused.append(msgspec.structs.replace(one, refusal=why.reason, again=True))
         return able, refused
 
     def _tried_out(self, planned: Sequence[Trial]) -> list[Trial]:
@@ -318,7 +334,8 @@ def _with_layers(run: _Run, facts: Facts) -> Facts:
     """The facts with the layers by sensitivity; that is a job too, done once per work folder."""
     if run.clock.left_s <= 0:
         return facts
-    name = scratch.key("layers", trials.context(run.ready))
+    version = library_of(models.BACKENDS[facts.format]).version()
+    name = scratch.key("layers", trials.context(run.ready), version)
     given = trials.order(run.recipe, Variant("layers"), run.kept.folder)
     job = Job(name, "quantize.search:rank_layers", given | {"key": name})
     run.say("finding the sensitive layers")
@@ -374,7 +391,12 @@ def _named(variant: Variant, number: int) -> Variant:
 
 def _ended(planned: Trial, done: Done) -> Trial:
     if done.said.refusal:
-        return msgspec.structs.replace(planned, refusal=done.said.refusal, attempts=done.attempts)
+        return msgspec.structs.replace(
+            planned,
+            refusal=done.said.refusal,
+            attempts=done.attempts,
+            again=done.said.passing,
+        )
     found = msgspec.convert(done.said.result, Found)
     return msgspec.structs.replace(planned, found=found, attempts=done.attempts)
 
@@ -406,7 +428,7 @@ def _timed(ready: Prepared, ended: Sequence[Trial], rounds: int) -> list[Trial]:
 def _with_time(one: Trial, mine: Timed | str, plain: Timed | str) -> Trial:
     if isinstance(mine, str) or isinstance(plain, str):
         why = mine if isinstance(mine, str) else plain
-        return msgspec.structs.replace(one, refusal=f"not measured: {why}")
+        return msgspec.structs.replace(one, refusal=f"not measured: {why}", again=True)
     return msgspec.structs.replace(one, p50_ms=mine.p50_ms, time=1 / latency.ratio(plain, mine))
 
 

@@ -40,9 +40,9 @@ def version() -> str:
     return str(library().__version__)
 
 
-def code_sha256(train: str) -> str:
+def code_sha256(train: str, where: str = "fine_tune.train") -> str:
     """Of the file of `module:function`. Raises: UsageError if Python does not find it."""
-    return foreign.code_sha256(train, "fine_tune.train")
+    return foreign.code_sha256(train, where)
 
 
 def fine_tune(source: Path, out: Path, train: str, seed: int, say: Say) -> None:

@@ -166,10 +166,14 @@ class _Logs:
     def tell(self) -> None:
         """Say the new whole lines."""
         for path, words in self._paths.items():
-            data = path.read_bytes() if path.exists() else b""
-            if len(data) < self._told[path]:
+            if not path.exists():
+                continue
+            if path.stat().st_size < self._told[path]:
                 self._told[path] = 0  # it was lost and begins anew
-            new = data[self._told[path] : data.rfind(b"\n") + 1]
+            with path.open("rb") as file:
+                file.seek(self._told[path])
+                data = file.read()
+            new = data[: data.rfind(b"\n") + 1]
             self._told[path] += len(new)
             for line in new.decode(errors="replace").splitlines():
                 self._say(f"{words}: {line}")

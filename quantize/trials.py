@@ -7,6 +7,8 @@ each a finished trial; a line that was cut off (power, a full disk) is as if it 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from edge_runtime.backends import backend
 from edge_runtime.errors import ModelError, UsageError
 from quantize import (
     building,
+    causes,
     clusters,
     datasets,
     foreign,
@@ -62,6 +65,8 @@ class Trial(msgspec.Struct, frozen=True):
         key: says what was tried on what; number: its place in the order.
         time: milliseconds of a run / those of the float model on the same backend, same rounds;
             0: not measured, and then there is a refusal.
+        again: the next command tries it once more, for what refused it may have passed (memory, a
+            full disk, a training that failed).
     """
 
     key: str
@@ -73,6 +78,7 @@ class Trial(msgspec.Struct, frozen=True):
     time: float = 0.0
     attempts: int = 1
     refusal: str = ""
+    again: bool = False
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -103,9 +109,11 @@ def alone(recipe: Recipe, variants: tuple[Variant, ...]) -> Recipe:
 
 
 def key(ready: Prepared, chain: building.Chain) -> str:
-    """Of everything that decides a trial's result, libraries included."""
+    """Of everything that decides a trial's result: libraries too, and the processor, for a folder
+    may come from a machine on which other things are fast."""
     return scratch.key(
         context(ready),
+        [causes.processor_name(), sorted(causes.processor_features())],
         chain.variant.backend,
         chain.variant.options,
         backend(chain.variant.backend).version(),
@@ -189,7 +197,8 @@ def reference(ready: Prepared, kept: scratch.Scratch) -> Array:
         with draft.open("wb") as file:
             np.save(file, answers(ready.judge, float_on, path), allow_pickle=False)
 
-    name = scratch.key("reference", context(ready), float_on.backend, float_on.options)
+    version = backend(float_on.backend).version()
+    name = scratch.key("reference", context(ready), float_on.backend, float_on.options, version)
     return np.asarray(np.load(kept.made(name, ".npy", make), allow_pickle=False))
 
 
@@ -234,20 +243,25 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found, whole = _whole_lines(path)
+        self._known: dict[str, Trial] = {}
+        if not path.exists():
+            return
+        with path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # another search may be at work here
+            found, whole = _whole_lines(file.read())
+            file.truncate(whole)
         self._known = {one.key: one for one in found}
-        if path.exists() and whole != path.stat().st_size:
-            with path.open("r+b") as file:
-                file.truncate(whole)
 
     def get(self, key: str) -> Trial | None:
-        """The trial of that key, if it was finished."""
-        return self._known.get(key)
+        """The trial of that key, if it was finished and is not to be tried again."""
+        found = self._known.get(key)
+        return None if found is None or found.again else found
 
     def add(self, trial: Trial) -> None:
         """Append a line, on disk before this returns."""
         self._known[trial.key] = trial
         with self.path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             file.write(msgspec.json.encode(trial) + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -255,21 +269,16 @@ class Journal:
 
 def read(path: Path) -> list[Trial]:
     """The trials of a journal, in their order; one that is being written is left as it is."""
-    last = {one.key: one for one in _whole_lines(path)[0]}
+    last = {one.key: one for one in _whole_lines(path.read_bytes())[0]}
     return sorted(last.values(), key=lambda one: one.number)
 
 
-def _whole_lines(path: Path) -> tuple[list[Trial], int]:
-    """All trials up to the first line that is not whole, and how many bytes they take."""
+def _whole_lines(data: bytes) -> tuple[list[Trial], int]:
+    """The trials, and up to which byte lines are whole. A whole line that is no trial of ours (of
+    another version's, or one that was cut off and written on) is passed over."""
+    whole = data.rfind(b"\n") + 1
     found: list[Trial] = []
-    whole = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        try:
-            trial = msgspec.json.decode(line, type=Trial)
-        except msgspec.DecodeError:
-            break
-        if not line.endswith(b"\n"):
-            break
-        found.append(trial)
-        whole += len(line)
+    for line in data[:whole].split(b"\n"):
+        with contextlib.suppress(msgspec.DecodeError):
+            found.append(msgspec.json.decode(line, type=Trial))
     return found, whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ def die(order: dict[str, Any]) -> str:
     if before < order["times"]:
         os.kill(os.getpid(), signal.SIGKILL)
     return "alive"
+
+
+def beget(order: dict[str, Any]) -> str:
+    child = subprocess.Popen(["sleep", "100"])
+    Path(order["pid"]).write_text(str(child.pid))
+    return "gone before its child"
 
 
 def hang(order: dict[str, Any]) -> None:

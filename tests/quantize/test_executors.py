@@ -66,6 +66,7 @@ def test_a_refusal_and_a_fault_are_answers_and_are_not_tried_again(executor: Exe
     refused, stumbled = one(executor, job("refuse")), one(executor, job("stumble"))
     assert "nothing was quantized" in refused.said.refusal and refused.attempts == 1
     assert stumbled.said.refusal == "unexpected ZeroDivisionError: of course"
+    assert (refused.said.passing, stumbled.said.passing) == (False, True)
     assert stumbled.attempts == 1
 
 
@@ -96,6 +97,18 @@ def test_closing_ends_what_runs(tmp_path: Path) -> None:
             executor.wait(0.05)
         pid = int(started.read_text())
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_what_a_job_began_ends_with_it(tmp_path: Path) -> None:
+    """A training's loaders of data hold memory and files."""
+    started = tmp_path / "pid"
+    with executors.LocalExecutor(1) as executor:
+        done = one(executor, job("beget", pid=str(started)))
+        assert done.said.result == "gone before its child"
+        pid, until_s = int(started.read_text()), time.monotonic() + 10
+        while running(pid) and time.monotonic() < until_s:
+            os.sched_yield()
+        assert not running(pid)
 
 
 def test_a_job_dies_with_who_asked_for_it(tmp_path: Path) -> None:

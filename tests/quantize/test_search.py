@@ -13,7 +13,10 @@ import pytest
 
 from edge_runtime.backends import backend
 from edge_runtime.bundle import archive
-from quantize import cli, executors, kernels, moves, search, targets
+from edge_runtime.errors import UsageError
+from quantize import causes, cli, executors, kernels, moves, search, targets
+from quantize import recipe as recipes
+from quantize.executors import Said
 from quantize.moves import Facts
 from quantize.recipe import Calibration, Data, Recipe, Search, Variant
 from quantize.search import Searched
@@ -204,6 +207,61 @@ def test_run_searches_judges_the_finalists_and_packs_them(
         assert len(bundle.manifest.variants) == 2
 
 
+class Shaken(InlineExecutor):
+    """Whose second job meets a full disk."""
+
+    def submit(self, job: executors.Job) -> None:
+        super().submit(job)
+        if len(self.jobs) == 2:
+            self._said[-1] = (job.key, Said(refusal="no space left", passing=True))
+
+
+def test_what_may_have_passed_is_tried_again_by_the_next_command(
+    data: Path, tmp_path: Path
+) -> None:
+    given = recipe(data, trials_max=3)
+    with Shaken() as executor:
+        first = search.search(given, tmp_path, executor, silent)
+    assert [one.refusal for one in first.trials] == ["", "no space left", ""]
+    with InlineExecutor() as executor:
+        second = search.search(given, tmp_path, executor, silent)
+    assert [job.key for job in executor.jobs] == [first.trials[1].key]
+    assert all(one.found for one in second.trials)
+    with InlineExecutor() as executor:
+        search.search(given, tmp_path, executor, silent)
+    assert executor.jobs == []
+
+
+def test_times_of_another_processor_are_not_taken(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = recipe(data, trials_max=1)
+    for name in ("this", "another", "another"):
+        monkeypatch.setattr(causes, "processor_name", lambda name=name: name)
+        with InlineExecutor() as executor:
+            search.search(given, tmp_path, executor, silent)
+        tried = len(executor.jobs)
+    assert tried == 0 and len((tmp_path / search.JOURNAL).read_bytes().splitlines()) == 2
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="torch is not installed (make test-quantize)"
+)
+def test_a_training_function_that_is_none_is_told_before_the_first_trial(
+    data: Path, tmp_path: Path
+) -> None:
+    given = recipe(data, ratios=[0.5], train="nowhere:train")
+    with pytest.raises(UsageError, match="nowhere") as caught, InlineExecutor() as executor:
+        search.search(given, tmp_path, executor, silent)
+    assert caught.value.where == "search.train" and executor.jobs == []
+
+
+def test_training_without_pruning_is_refused_for_it_would_do_nothing() -> None:
+    told = {"name": "x", "source": "x.onnx", "data": {"path": "x.npz"}, "search": {"train": "a:b"}}
+    with pytest.raises(UsageError, match="nothing is pruned"):
+        recipes.parse(told, "recipe.yaml")
+
+
 # --- moves ----------------------------------------------------------------------------------------
 
 
@@ -309,6 +367,16 @@ def test_a_journal_keeps_what_was_whole_at_whatever_byte_it_was_cut(tmp_path: Pa
         assert again.get("2") is None
         again.add(some[1])
         assert Journal(path).get("2") == some[1]
+
+
+def test_a_line_that_is_no_trial_hides_none_behind_it(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    some = [trial(number, Variant("x"), 0.1) for number in (1, 2)]
+    Journal(path).add(some[0])
+    with path.open("ab") as file:
+        file.write(b'{"key": "cut o\n{"of": "another version"}\n\x00\x00\n')
+    Journal(path).add(some[1])
+    assert [Journal(path).get(key) for key in "12"] == some
 
 
 def test_the_first_convolution_of_the_example_is_slow_in_integers() -> None:

@@ -63,6 +63,20 @@ def test_channels_go_in_rounds_with_training_and_the_file_keeps_its_signature(
     assert np.square(got - wanted).mean() < 0.5 * np.square(before - wanted).mean()
 
 
+def test_what_was_pruned_with_other_code_of_the_module_is_not_taken_again(
+    source: ModelFile, data: Path
+) -> None:
+    """Dropout leaves no trace in a file that was exported in eval mode, but training feels it."""
+    samples = datasets.load(Data(str(data)), source.inputs)
+    keys: dict[str, list[str]] = {"torch_prune": [], "clean": []}
+    for code in ("one", "another"):
+        changed = source._replace(code_sha256=code)
+        for use, found in keys.items():
+            (chain,) = building.chains([Variant("x", passes=({"use": use},))], changed)
+            found += building.keys(chain, changed, samples, 0)
+    assert {use: len(set(found)) for use, found in keys.items()} == {"torch_prune": 2, "clean": 1}
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [
