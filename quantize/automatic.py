@@ -94,7 +94,7 @@ def recipe(wish: Wish, folder: Path | None = None, say: Say = lambda what: None)
         name=wish.name or as_name(wish.model.stem.partition(":")[2] or wish.model.stem),
         version=wish.version,
         source=_absolute(str(wish.model)),
-        data=_data(wish, source),
+        data=data(wish.data, wish.calibration, source),
         threads=wish.threads,
         targets=(wish.target,),
         evaluation=Evaluation(wish.metric, output=wish.output, samples=wish.samples),
@@ -115,8 +115,7 @@ def _source(wish: Wish, folder: Path, say: Say) -> tuple[ModelFile, list[str]]:
     source = str(wish.model)
     if not origins.is_torch(source):
         return models.read(wish.model), []
-    data = Data(_absolute(wish.data))
-    given, notes = Recipe("source", _absolute(source), data), []
+    given, notes = Recipe("source", _absolute(source), Data(_absolute(wish.data))), []
     if "litert" in targets.backends(wish.target) and not origins.tflite_is_possible():
         notes.append(_not_tried("litert_torch"))
     elif "litert" in targets.backends(wish.target):
@@ -153,18 +152,18 @@ def as_name(text: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-")[:48] or "model"
 
 
-def _data(wish: Wish, source: ModelFile) -> Data:
+def data(path: str, calibration: str, source: ModelFile) -> Data:
     """Where samples are; of a folder of images also what the model's input says about them."""
-    data = Data(path=_absolute(wish.data), calibration=_absolute(wish.calibration))
+    told = Data(path=_absolute(path), calibration=_absolute(calibration))
     shape = source.inputs[0].shape
-    if len(shape) != 4 or not Path(data.path).is_dir():
-        return data
+    if len(shape) != 4 or not Path(told.path).is_dir():
+        return told
     last = shape[3] in _CHANNELS and shape[1] not in _CHANNELS
     return msgspec.structs.replace(
-        data,
+        told,
         layout="NHWC" if last else "NCHW",
         color="L" if shape[3 if last else 1] == 1 else "RGB",
-        pixel_scale=data.pixel_scale if source.inputs[0].datatype.startswith("FP") else 1.0,
+        pixel_scale=told.pixel_scale if source.inputs[0].datatype.startswith("FP") else 1.0,
     )
 
 

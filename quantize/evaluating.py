@@ -90,7 +90,9 @@ def evaluate(
     judged = [
         msgspec.structs.replace(
             one,
-            refusal=verdict.refusal(one, first, judge.recipe.budgets, drop_max(judge)),
+            refusal=verdict.refusal(
+                one, first, judge.recipe.budgets, drop_max(judge), len(judge.data)
+            ),
             notes=(*one.notes, *causes.beside(one, first)),
         )
         for one in found

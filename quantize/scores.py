@@ -26,6 +26,7 @@ Array = np.ndarray[Any, Any]
 LEAST = 1e-9
 BOOTSTRAP_ROUNDS = 1000
 DRAWN_AT_ONCE = 1 << 18
+ENOUGH_TIMES = 1000.0  # more samples than so many times those that there are is no advice
 
 
 class Interval(msgspec.Struct, frozen=True):
@@ -342,6 +343,33 @@ def paired_bound(worse: float, better: float, count: float, quantile: float) -> 
         # Larger differences make what was seen smaller than expected: the statistic falls.
         low, high = (middle, high) if _tango(worse, better, count, middle) > -z else (low, middle)
     return (low + high) / 2
+
+
+def samples_enough(lost: Difference, count: int, drop_max: float, confidence: float) -> int:
+    """How many samples would bring `lost.bound` to drop_max, if more of them lose as these did.
+
+    0: none would (the loss itself is as large), or more than ENOUGH_TIMES as many. Scores of 0 and
+    1 by Tango's bound, with as few independent samples as give the bound that was found (groups);
+    others by the square root of their number.
+    """
+    if not (lost.drop < drop_max < lost.bound < math.inf):
+        return 0
+    times = ((lost.bound - lost.drop) / (drop_max - lost.drop)) ** 2
+    if abs(lost.drop * count - (lost.worse - lost.better)) < 1e-6 * count:  # scores of 0 and 1
+        times = _times(lost, count, drop_max, confidence) / _times(
+            lost, count, lost.bound, confidence
+        )
+    return math.ceil(count * times) if times <= ENOUGH_TIMES else 0
+
+
+def _times(lost: Difference, count: int, bound: float, confidence: float) -> float:
+    """So many times the samples that were seen have this bound; 1 / ENOUGH_TIMES at the least."""
+    low, high = 1 / ENOUGH_TIMES, ENOUGH_TIMES * 1.1
+    while high - low > 1e-3 * high:
+        middle = math.sqrt(low * high)
+        seen = (lost.worse * middle, lost.better * middle, count * middle)
+        low, high = (middle, high) if paired_bound(*seen, confidence) > bound else (low, middle)
+    return high
 
 
 def _tango(worse: float, better: float, count: float, difference: float) -> float:

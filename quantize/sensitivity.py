@@ -17,12 +17,12 @@ import numpy as np
 
 from edge_runtime.backends import backend
 from edge_runtime.errors import EdgeError
-from quantize import datasets, judging, looking, models, noise, probes
+from quantize import automatic, datasets, judging, looking, models, noise, probes
 from quantize.models import ModelFile
 from quantize.passes import ONNX, Bench, Say
 from quantize.passes.graph import Clean
 from quantize.probes import Parts
-from quantize.recipe import Calibration, Data, Evaluation
+from quantize.recipe import Calibration, Evaluation
 from quantize.scores import Metric
 
 Array = np.ndarray[Any, Any]
@@ -226,7 +226,7 @@ def of_model(question: Question, say: Say) -> Sensitivity:
         EdgeError: what is wrong with the model or the data.
     """
     given = models.read(question.model)
-    told = Data(path=question.data, calibration=question.calibration)
+    told = automatic.data(question.data, question.calibration, given)
     whole = datasets.load(told, given.inputs)
     own = datasets.load(told, given.inputs, told.calibration) if told.calibration else None
     count = question.samples or SAMPLES_DEFAULT

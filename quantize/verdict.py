@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from quantize import checks
+from quantize import checks, scores
 from quantize.recipe import Budgets
 from quantize.results import Evaluated, Finding
+from quantize.scores import Difference
 
 # Two medians of interleaved rounds differ by so much through chance on a machine of two shared
 # cores (half the spread of repeated runs of the same model): below it "slower" is not claimed.
@@ -22,14 +23,16 @@ WORSE, UNPROVEN = "answers are worse", "not proven right"
 CALIBRATED = frozenset({"static_int8", "nncf_int8", "nncf_accuracy", "tflite_int8"})
 
 
-def refusal(one: Evaluated, reference: Evaluated, budgets: Budgets, drop_max: float) -> str:
-    """Why the variant is not shipped; empty if it is."""
+def refusal(
+    one: Evaluated, reference: Evaluated, budgets: Budgets, drop_max: float, samples: int
+) -> str:
+    """Why the variant is not shipped; empty if it is. `samples`: that judged."""
     if one.refusal:
         return one.refusal
     if one.name == reference.name:
         return ""
     return (
-        _wrong(one, reference, budgets, drop_max)
+        _wrong(one, reference, budgets, drop_max, samples)
         or _too_large(one, budgets)
         or _too_slow(one, budgets)
     )
@@ -67,7 +70,9 @@ def _as_good(other: Evaluated, one: Evaluated) -> bool:
     return as_right and as_fast and as_small and packs_as_small
 
 
-def _wrong(one: Evaluated, reference: Evaluated, budgets: Budgets, drop_max: float) -> str:
+def _wrong(
+    one: Evaluated, reference: Evaluated, budgets: Budgets, drop_max: float, samples: int
+) -> str:
     lost = one.against
     if lost is None or one.score is None or reference.score is None:
         return "its answers were not judged"
@@ -80,9 +85,25 @@ def _wrong(one: Evaluated, reference: Evaluated, budgets: Budgets, drop_max: flo
     if not lost.bound <= drop_max:
         return (
             f"{UNPROVEN}: {figures}; at {budgets.confidence:.0%} confidence it may lose"
-            f" {lost.bound:.4f}, allowed is {drop_max:g}; more samples may prove it"
+            f" {lost.bound:.4f}, allowed is {drop_max:g};"
+            f" {_enough(lost, samples, drop_max, budgets.confidence)}"
         )
     return ""
+
+
+def _enough(lost: Difference, samples: int, drop_max: float, confidence: float) -> str:
+    """How many samples would do, in words."""
+    count = enough(lost, samples, drop_max, confidence)
+    if not count:
+        return f"{samples} samples judged, and no number of them is likely to prove it"
+    return f"{samples} samples judged, about {count} like these would prove it"
+
+
+def enough(lost: Difference, samples: int, drop_max: float, confidence: float) -> int:
+    """scores.samples_enough, rounded up to two digits: it is a guess."""
+    count = scores.samples_enough(lost, samples, drop_max, confidence)
+    unit: int = 10 ** max(len(str(count)) - 2, 0)
+    return -(-count // unit) * unit
 
 
 def _too_large(one: Evaluated, budgets: Budgets) -> str:

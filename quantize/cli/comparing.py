@@ -95,13 +95,13 @@ def _models(arguments: argparse.Namespace) -> int:
     import msgspec
 
     from edge_runtime.cli.progress import Progress
-    from quantize import comparing
-    from quantize.recipe import Data, Evaluation
+    from quantize import automatic, comparing, models
+    from quantize.recipe import Evaluation
 
     with Progress(sys.stderr, quiet=arguments.json) as progress:
         found = comparing.model_files(
             (arguments.first, arguments.second),
-            Data(arguments.data),
+            automatic.data(arguments.data, "", models.read(arguments.first)),
             Evaluation(_metric(arguments.metric), samples=arguments.samples),
             arguments.confidence,
             arguments.threads,

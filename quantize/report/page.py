@@ -12,7 +12,7 @@ from html import escape
 import msgspec
 
 from edge_runtime.cli import output
-from quantize.report import charts
+from quantize.report import advice, charts
 from quantize.report.style import CSS
 from quantize.results import Evaluated, Outcome
 
@@ -53,6 +53,7 @@ def _sections(outcome: Outcome) -> Iterator[str]:
     yield f'<p class="dim">{escape(_conditions(outcome))}</p>'
     yield f'<p class="lead">{escape(verdict(outcome))}</p>'
     yield from _findings(outcome)
+    yield from _next(outcome)
     yield f'<section><h2>Variants</h2><div class="scroll">{_table(outcome)}</div></section>'
     yield _figure(
         f"{outcome.metric} against latency",
@@ -121,6 +122,14 @@ def _findings(outcome: Outcome) -> Iterator[str]:
         for one in outcome.findings:
             yield f"<p><b>{escape(one.fault)}</b>: {escape(one.text)}</p>"
         yield "</div>"
+
+
+def _next(outcome: Outcome) -> Iterator[str]:
+    steps = advice.lines(outcome)
+    if steps:
+        yield "<section><h2>What to do next</h2>"
+        yield from (f"<p>{escape(one)}</p>" for one in steps)
+        yield "</section>"
 
 
 def _smaller(one: Evaluated, outcome: Outcome) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edge_runtime.cli import output
+from quantize.report import advice
 from quantize.results import Evaluated, Outcome
 
 HEADERS = ("variant", "backend", ">score", ">loss", ">p50", ">speed", ">size", ">memory", "verdict")
@@ -57,6 +58,11 @@ def _reasons(outcome: Outcome) -> Iterator[str]:
         yield ""
         yield "refused:"
         yield from (f"  {one.name}: {output.printable(one.refusal)}" for one in refused)
+    next_steps = advice.lines(outcome)
+    if next_steps:
+        yield ""
+        yield "what to do next:"
+        yield from (f"  {output.printable(one)}" for one in next_steps)
     noted = [(one.name, note) for one in outcome.evaluated for note in one.notes]
     if noted or outcome.notes:
         yield ""

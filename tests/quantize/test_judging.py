@@ -110,6 +110,35 @@ def test_the_bound_of_a_loss_holds_as_often_as_it_says(share: float) -> None:
     assert held >= 0.93  # counts are whole: it cannot hold exactly as often
 
 
+@pytest.mark.parametrize(("worse", "better", "count"), [(0, 0, 200), (5, 2, 500), (30, 10, 3000)])
+def test_as_many_samples_as_are_said_to_be_enough_prove_it_and_fewer_do_not(
+    worse: int, better: int, count: int
+) -> None:
+    reference, variant = np.ones(count), np.ones(count)
+    variant[:worse], reference[worse : worse + better] = 0, 0
+    lost = scores.difference(reference, variant, 0.95)
+    assert lost.drop <= 0.01 < lost.bound
+    enough = scores.samples_enough(lost, count, 0.01, 0.95)
+
+    def bound(samples: float) -> float:
+        times = samples / count
+        return scores.paired_bound(worse * times, better * times, samples, 0.95)
+
+    assert bound(enough) <= 0.01 < bound(enough * 0.98)
+
+
+def test_a_loss_that_is_the_whole_budget_is_proven_by_no_number_of_samples() -> None:
+    lost = scores.Difference(0.01, 0.0, 0.02, 0.018, 0.1, 2, 1)
+    assert scores.samples_enough(lost, 100, 0.01, 0.95) == 0
+    near = scores.Difference(0.00999, 0.0, 0.02, 0.018, 0.1, 60, 41)
+    assert scores.samples_enough(near, 100, 0.01, 0.95) == 0
+
+
+def test_scores_that_are_no_shares_need_samples_by_the_square() -> None:
+    lost = scores.Difference(0.002, 0.0, 0.02, 0.018, 0.1, 70, 30)
+    assert scores.samples_enough(lost, 100, 0.01, 0.95) == pytest.approx(400, abs=1)
+
+
 def test_paired_bounds_mirror_and_meet_their_ends() -> None:
     assert scores.paired_bound(7, 3, 100, 0.95) == pytest.approx(
         -scores.paired_bound(3, 7, 100, 0.05), abs=1e-6

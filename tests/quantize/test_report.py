@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
 from quantize import cli, comparing
-from quantize.report import charts, names, page, saved, svg, text
+from quantize.recipe import Budgets, Data, Recipe, Search
+from quantize.report import advice, charts, names, page, saved, svg, text
 from quantize.results import Outcome
-from tests.quantize.outcomes import outcome, variant
+from quantize.scores import Difference
+from tests.quantize.outcomes import STEPS, outcome, variant
 
 VOID = {"meta", "br", "hr", "img", "link"}
 
@@ -111,6 +115,66 @@ def test_the_text_tells_faults_and_refusals() -> None:
     said = text.text(outcome())
     assert "wrong with the data:" in said and "clipped-ranges: wrong: ranges" in said
     assert "broken: openvino does not serve it" in said
+
+
+def refused(*refusals: str, **more: Any) -> Outcome:
+    """The outcome of a run in which these variants in integers were refused."""
+    lost = Difference(0.0, -0.01, 0.01, 0.0133, 1.0, 0, 0)
+    made = [
+        variant(
+            f"v{number}", 0.93, 0.1, 1, precision="int8", steps=STEPS, refusal=one, against=lost
+        )
+        for number, one in enumerate(refusals)
+    ]
+    recipe = Recipe("net", "/a b/net.onnx", Data("/d.npz"), targets=("generic-x86_64",), **more)
+    return msgspec.structs.replace(
+        outcome(),
+        samples=200,
+        evaluated=(variant("fp32", 0.93, 0.2, 1), *made),
+        recipe=msgspec.to_builtins(recipe),
+        layers=(),
+    )
+
+
+def test_where_all_integers_answer_worse_the_next_commands_stand_in_text_and_page() -> None:
+    worse = refused("answers are worse: 0.1", "openvino does not serve it")
+    for said in (text.text(worse), " ".join(read(worse).texts)):
+        assert "edge-quantize sensitivity '/a b/net.onnx' --data /d.npz" in said
+        assert (
+            "edge-quantize auto '/a b/net.onnx' --data /d.npz --target generic-x86_64 --search 600"
+            " -o net.bundle" in said
+        )
+
+
+def test_the_commands_that_are_advised_are_commands() -> None:
+    lines = advice.lines(refused("answers are worse: 0.1", budgets=Budgets(drop_max=0.002)))
+    for line in lines:
+        words = shlex.split(line.partition("edge-quantize ")[2])
+        if words:
+            given = cli._parser().parse_args(words)
+            assert given.drop_max == 0.002 and str(given.model) == "/a b/net.onnx"
+    assert sum("edge-quantize" in line for line in lines) == 2
+
+
+def test_where_one_only_is_not_proven_right_the_number_of_samples_that_would_do_is_said() -> None:
+    first = advice.lines(refused("not proven right: so", "answers are worse: 0.1"))[0]
+    assert first == "judge with more samples: about 270 would prove v0 right"
+
+
+def test_a_recipe_that_no_command_can_say_is_told_of_its_search() -> None:
+    data = Data("/d.npz", mean=(0.5,))
+    odd = msgspec.structs.replace(refused("answers are worse: 0"))
+    odd.recipe["data"] = msgspec.to_builtins(data)
+    (line,) = [one for one in advice.lines(odd) if "search" in one]
+    assert "search: {time_s_max: 600} in the recipe" in line
+    assert not any("edge-quantize" in one for one in advice.lines(odd))
+
+
+def test_nothing_is_advised_where_integers_passed_or_were_searched_for() -> None:
+    assert advice.lines(refused("", "answers are worse: 0.1")) == ()
+    assert advice.lines(refused("it is not faster: 0.9 times")) == ()
+    searched = advice.lines(refused("answers are worse: 0.1", search=Search()))
+    assert not any("--search" in one for one in searched)
 
 
 def test_report_writes_a_page_of_a_kept_outcome(

@@ -149,3 +149,18 @@ def test_the_longest_bar_is_the_loudest_and_each_layer_has_one() -> None:
     assert "leave the model float" in layers.text(one)
     none = Sensitivity((), 9, "top1", 0.0, 0.1, (), 0.0)
     assert "Nothing needs to stay float." in layers.text(none)
+
+
+def test_pictures_are_read_as_the_model_wants_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `auto` does: one channel of grey for the example's model, without a word of the user."""
+    Image = pytest.importorskip("PIL.Image")
+    rng = np.random.Generator(np.random.PCG64(4))
+    for number in range(40):
+        pixels = rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    words = ["sensitivity", str(MODEL), "--data", str(tmp_path), "--json"]
+    assert cli.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["layers"]
+    assert cli.main(["compare", str(MODEL), str(MODEL), "--data", str(tmp_path)]) == 0
