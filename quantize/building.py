@@ -8,11 +8,14 @@ its variant, not the run.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edge_runtime.errors import EdgeError, StorageError
+from edge_runtime import backends
+from edge_runtime.backends import options
+from edge_runtime.errors import EdgeError, StorageError, UsageError
 from quantize import datasets, models, passes, recipe, scratch
 from quantize.datasets import Dataset
 from quantize.models import ModelFile
@@ -47,12 +50,25 @@ def chains(variants: Sequence[Variant], source: ModelFile) -> list[Chain]:
 
 
 def _chain(variant: Variant, source: ModelFile, where: str) -> Chain:
+    _served(variant, where)
     traits, decoded = source.on(variant.backend).traits, []
     for index, given in enumerate(variant.passes):
         here = f"{where}.passes[{index}]"
         decoded.append(passes.decode(given, here))
         traits = passes.traits_after(traits, decoded[-1], here)
     return Chain(variant, tuple(decoded))
+
+
+def _served(variant: Variant, where: str) -> None:
+    """Raises: UsageError: a backend or an option of it that nothing knows."""
+    try:
+        home = inspect.getmodule(type(backends.backend(variant.backend)))
+    except UsageError as error:
+        error.where = f"{where}.backend"
+        raise
+    kind = getattr(home, "Options", None)
+    if kind is not None:
+        options.decode(kind, variant.options, f"{where}.options")
 
 
 def build(

@@ -249,7 +249,10 @@ def _blank(data: Dataset) -> Array:
 def enough(data: Dataset) -> None:
     """Raises: UsageError where nothing can be said of other samples than these."""
     if data.units < 2:
-        what = f"{len(data)} samples" + ("" if data.groups is None else f" in {data.units} group")
+        plural = "" if len(data) == 1 else "s"
+        what = f"{len(data)} sample{plural} to judge by" + (
+            "" if data.groups is None else f" in {data.units} group"
+        )
         raise UsageError(
             what,
             where=data.where,
@@ -335,13 +338,12 @@ def _fitted(found: Found, specs: tuple[TensorSpec, ...], where: str) -> Dataset:
     made, and nothing is scaled: a scale that nobody stated is how answers become wrong.
     """
     given = _repeated_values(found.inputs, specs)
-    count = {len(array) if array.shape else 0 for array in given.values()}
-    for beside in (found.labels, found.groups):
-        if beside is not None:
-            count.add(len(beside) if beside.ndim else 0)
-    if len(count) != 1 or 0 in count:
+    every: list[tuple[str, Samples | None]] = [(repr(name), one) for name, one in given.items()]
+    every += [("labels", found.labels), ("groups", found.groups)]
+    counts = [(name, len(one) if one.shape else 0) for name, one in every if one is not None]
+    if len({count for _, count in counts}) != 1 or not counts[0][1]:
         raise UsageError(
-            f"arrays hold {', '.join(map(str, sorted(count)))} samples",
+            "samples: " + ", ".join(f"{name} {count}" for name, count in counts),
             where=where,
             expected="the same number, at least one, in all",
         )

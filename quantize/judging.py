@@ -88,7 +88,20 @@ def judged(
     if labels is not None:
         _check_numbers(labels, where)
         labels = _as_wanted(labels, _WANTS.get(name, ""), spec, where)
+    if name == "topk":
+        _can_miss(evaluation.k, spec)
     return Judged(spec.name, name, metric, labels, "; ".join(notes))
+
+
+def _can_miss(k: int, spec: TensorSpec) -> None:
+    """Raises: UsageError where every class is among the k largest, so that all are right."""
+    count = columns(spec)
+    if spec.datatype in _FLOATS and count is not None and k >= count:
+        raise UsageError(
+            f"k is {k}, output {spec.name!r} has {count} classes: every answer would be right",
+            where="evaluation.k",
+            expected=f"less than {count}; 1 is the metric top1",
+        )
 
 
 def _output(named: str, outputs: Sequence[TensorSpec]) -> TensorSpec:

@@ -13,7 +13,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,11 +231,11 @@ def _from_images(folder: Path, data: Data, specs: tuple[TensorSpec, ...]) -> Fou
         raise UsageError(
             f"the model has {len(specs)} inputs", where=str(folder), expected="one, for images"
         )
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    classes, missed = _folders(folder), ""
     if classes:
         found = [one for number, entry in enumerate(classes) for one in _of_class(entry, number)]
     elif (folder / LABELS_FILE).exists():
-        found = _listed(_images(folder), folder / LABELS_FILE)
+        found, missed = _listed(_images(folder), folder / LABELS_FILE)
     else:
         found = [Picture(file, 0) for file in _images(folder)]
     if not found:
@@ -255,14 +255,14 @@ def _from_images(folder: Path, data: Data, specs: tuple[TensorSpec, ...]) -> Fou
         {specs[0].name: rows.held_if_small(pictures.rows())},
         np.array([one.label for one in found]) if has_labels else None,
         _groups_of(found),
-        (note,),
+        (note, missed) if missed else (note,),
     )
 
 
 def _of_class(folder: Path, number: int) -> list[Picture]:
     """Images of a class; those in a folder of their own inside it are a group of its name."""
     found = [Picture(file, number) for file in _images(folder)]
-    for inner in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+    for inner in _folders(folder):
         found += [Picture(file, number, inner.name) for file in _images(inner)]
     return found
 
@@ -275,8 +275,11 @@ def _groups_of(found: Sequence[Picture]) -> Array | None:
     return np.array([one.group or f"/{place}" for place, one in enumerate(found)])
 
 
-def _listed(files: Sequence[Path], path: Path) -> list[Picture]:
-    """Images with class and group, from lines `file,class[,group]` (class: a number)."""
+def _listed(files: Sequence[Path], path: Path) -> tuple[list[Picture], str]:
+    """Images with class and group, from lines `file,class[,group]` (class: a number).
+
+    And a note of lines without an image; empty if there are none.
+    """
     try:
         lines = [line.split(",") for line in path.read_text().splitlines() if line.strip()]
         known = {
@@ -296,11 +299,22 @@ def _listed(files: Sequence[Path], path: Path) -> list[Picture]:
             where=str(path),
             expected="a line file,class for every image",
         )
-    return [Picture(file, *known[file.name]) for file in files]
+    absent = sorted(known.keys() - {file.name for file in files})
+    note = f"{path.name} names {len(absent)} images that are not there: {', '.join(absent[:3])}"
+    return [Picture(file, *known[file.name]) for file in files], note if absent else ""
+
+
+# Hidden entries are other programs' (.thumbnails, ._cat.jpg): as a class one would move all others.
+def _folders(folder: Path) -> list[Path]:
+    return sorted(one for one in _shown(folder) if one.is_dir())
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_ENDINGS)
+    return sorted(one for one in _shown(folder) if one.suffix.lower() in IMAGE_ENDINGS)
+
+
+def _shown(folder: Path) -> Iterator[Path]:
+    return (one for one in folder.iterdir() if not one.name.startswith("."))
 
 
 def _pixel_type(spec: TensorSpec, data: Data) -> Any:

@@ -581,7 +581,7 @@ def _old_library() -> Library:
             from tflite_runtime import interpreter
     except ModuleNotFoundError as e:
         if e.name == "tflite_runtime":
-            raise _no_import("neither ai-edge-litert nor tflite-runtime", e, "litert") from e
+            raise _no_import("ai-edge-litert, or else tflite-runtime,", e, "litert") from e
         raise _no_import("tflite-runtime", e, "tflite") from e
     except (ImportError, OSError, AttributeError) as e:
         if major > _NEWEST_TFLITE_NUMPY:

@@ -14,7 +14,7 @@ from edge_runtime.bundle import archive
 from edge_runtime.bundle import manifest as manifests
 from edge_runtime.bundle.manifest import Tolerance
 from edge_runtime.errors import EdgeError
-from quantize import cli, evaluating, packing, writing
+from quantize import cli, evaluating, packing, workflow, writing
 from quantize import recipe as recipes
 from tests.quantize.test_faults import network, pictures
 
@@ -238,3 +238,39 @@ def test_a_place_where_nothing_can_be_written_is_told_before_any_work(
     assert cli.main([*words, str(tmp_path)]) == 9
     said = capsys.readouterr()
     assert "there is no folder" in said.err and "is a folder" in said.err and not said.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "says"),
+    [
+        (
+            {"evaluation": {"metric": "top11"}},
+            "evaluation.metric",
+            "one of agreement, auto, callable, cosine",
+        ),
+        ({"export": {"batch": "two"}}, "export.batch", "one of auto, free, one"),
+        ({"also": {"onnx": "m"}}, "also", "one of tflite"),
+        (
+            {"variants": [{"name": "a", "backend": "opnvino"}]},
+            "].backend",
+            "did you mean 'openvino'",
+        ),
+        (
+            {"variants": [{"name": "a", "options": {"thread": 1}}]},
+            "].options.thread",
+            "did you mean 'threads'",
+        ),
+        (
+            {"variants": [{"name": "a", "passes": [{"use": "static_int8", "method": "msee"}]}]},
+            "passes[0].method",
+            "one of entropy, minmax, mse, percentile",
+        ),
+    ],
+)
+def test_a_typo_in_a_recipe_is_found_before_any_work_and_the_choices_are_named(
+    folder: Path, changes: dict[str, Any], where: str, says: str
+) -> None:
+    with pytest.raises(EdgeError) as caught:
+        workflow.prepare(recipes.load(recipe(folder, **changes)))
+    error = caught.value
+    assert where in error.where and says in f"{error.expected} {error.remedy}"

@@ -166,12 +166,24 @@ def test_labels_lie_beside_flat_images_by_file_name(tmp_path: Path) -> None:
     found = datasets.load(Data(str(tmp_path)), specs)
     assert found.labels is not None and found.labels.tolist() == [1, 4, 7]
     assert found.groups is None
+    (tmp_path / "labels.csv").write_text("2.png,7\n0.png,1\n1.png,4\nlost.png,2\n")
+    notes = datasets.load(Data(str(tmp_path)), specs).notes
+    assert any("names 1 images that are not there: lost.png" in one for one in notes)
     (tmp_path / "labels.csv").write_text("file,class,group\n2.png,7,a\n0.png, 1,a\n1.png,4\n")
     grouped = datasets.load(Data(str(tmp_path)), specs).groups
     assert grouped is not None and grouped[0] == grouped[2] != grouped[1]
     (tmp_path / "labels.csv").write_text("2.png,7\n")
     with pytest.raises(UsageError, match=r"no class .* for 0.png and 1 more"):
         datasets.load(Data(str(tmp_path)), specs)
+
+
+def test_hidden_folders_are_no_class_and_hidden_files_no_image(tmp_path: Path) -> None:
+    for place in (".thumbnails", "a", "b", "b/.cache"):
+        (tmp_path / place).mkdir(parents=True)
+        pictures(tmp_path / place)
+    (tmp_path / "a" / "._0.png").write_bytes(b"another program's")
+    found = datasets.load(Data(str(tmp_path)), (TensorSpec("x", "FP32", (-1, 3, 16, 16)),))
+    assert found.labels is not None and found.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_a_folder_inside_a_class_is_a_group_and_other_images_are_alone(tmp_path: Path) -> None:

@@ -71,6 +71,13 @@ def test_labels_that_cannot_judge_are_refused_before_any_work(
         judging.judged(Evaluation(metric), (spec,), labels)
 
 
+def test_more_largest_values_than_there_are_classes_to_miss_are_refused() -> None:
+    for k in (10, 11):
+        with pytest.raises(UsageError, match="every answer would be right"):
+            judging.judged(Evaluation("topk", k=k), (CLASSES,), LABELS)
+    assert judging.judged(Evaluation("topk", k=9), (CLASSES,), LABELS).name == "topk"
+
+
 def test_the_output_that_holds_scores_is_judged_not_the_class_number_before_it() -> None:
     found = judging.judged(Evaluation(), (NUMBER, CLASSES), LABELS)
     assert found.output == "p" and "'p'" in found.note
