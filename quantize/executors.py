@@ -183,7 +183,7 @@ class LocalExecutor:
         with order.open("rb") as stdin, log.open("wb") as sink:
             command = [sys.executable, "-m", "quantize.executors", str(out)]
             process = subprocess.Popen(
-                command, stdin=stdin, stdout=sink, stderr=sink, start_new_session=True
+                command, stdin=stdin, stdout=sink, stderr=sink, process_group=0
             )
         self._running[job.key] = _Process(process, os.pidfd_open(process.pid), out, log)
 
