@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from edge_runtime.bundle import create, lint, source
 from edge_runtime.bundle.onnx_graph import OnnxGraph, Value
-from edge_runtime.errors import BundleError, NotFoundError, UsageError
+from edge_runtime.errors import BundleError, EdgeError, NotFoundError, UsageError
 from edge_runtime.tensors import TensorSpec
 from quantize import onnx_door, recipe
 from quantize.passes import FLOAT, INTEGER, ONNX, OPENVINO, SMALL_WEIGHTS, TFLITE
@@ -71,7 +71,15 @@ def read(path: Path) -> ModelFile:
     _refuse_torch(path)
     if not path.exists():
         raise NotFoundError("there is no such model", where=str(path))
-    path = _as_artifact(path)
+    packed = _as_artifact(path)
+    try:
+        return _read(packed)
+    except EdgeError as error:  # of the file that the user has, not of ours
+        error.where = error.where.replace(str(packed), str(path))
+        raise
+
+
+def _read(path: Path) -> ModelFile:
     artifact = lint.lint_artifact(source.from_path(path.resolve()), path.name)
     if isinstance(artifact.graph, OnnxGraph) and artifact.graph.external_data:
         path = _whole(path.resolve(), onnx_door.parts(path))

@@ -32,8 +32,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+RECIPE = """
+name: cnn
+version: 1
+source: {source}
+data: {{path: {data}}}
+evaluation: {{rounds: 3}}
+budgets: {{drop_max: 0.2, speedup_min: 0}}
+variants:
+  - {{name: fp32}}
+  - {{name: int8-nncf, backend: openvino, passes: [{{use: nncf_int8}}]}}
+"""
+
+
 def outcome(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:
-    assert cli.main([*words, "--drop-max", "0.2", "--json"]) == 0
+    assert cli.main([*words, "--json"]) == 0
     return {one["name"]: one for one in json.loads(capsys.readouterr().out)["evaluated"]}
 
 
@@ -41,8 +54,9 @@ def outcome(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, d
 def test_nncf_makes_a_variant_that_openvino_serves_right_and_smaller(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["auto", str(FOLDER / "fp32.onnx"), "--data", str(data), "--target", "generic-x86_64"]
-    found = outcome([*words, "-o", str(tmp_path / "out.bundle")], capsys)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(source=FOLDER / "fp32.onnx", data=data))
+    found = outcome(["run", str(recipe), "-o", str(tmp_path / "out.bundle")], capsys)
     assert found["int8-nncf"]["score"]["value"] > 0.8  # type: ignore[index]
     assert found["int8-nncf"]["size_bytes"] * 3.5 < found["fp32"]["size_bytes"]  # type: ignore[operator]
 
@@ -51,7 +65,7 @@ def test_nncf_makes_a_variant_that_openvino_serves_right_and_smaller(
 def test_a_tflite_model_becomes_int8_with_floats_in_and_out(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["auto", str(FOLDER / "fp32.tflite"), "--data", str(data)]
+    words = ["auto", str(FOLDER / "fp32.tflite"), "--data", str(data), "--drop-max", "0.2"]
     found = outcome([*words, "-o", str(tmp_path / "out.bundle")], capsys)
     assert found["int8-litert"]["refusal"] == ""
     assert found["int8-litert"]["size_bytes"] * 3.5 < found["fp32-litert"]["size_bytes"]  # type: ignore[operator]

@@ -126,6 +126,14 @@ def test_ir_without_its_weights_is_refused_with_the_missing_file(ir: Path, tmp_p
     assert "alone.bin" in caught.value.where and ".xml" in caught.value.expected
 
 
+def test_weights_that_are_cut_off_are_told_by_the_users_own_file(ir: Path, tmp_path: Path) -> None:
+    shutil.copy(ir, tmp_path / "short.xml")
+    (tmp_path / "short.bin").write_bytes(ir.with_suffix(".bin").read_bytes()[:-100])
+    with pytest.raises(BundleError, match=r"refers to \d+ bytes") as caught:
+        models.read(tmp_path / "short.xml")
+    assert caught.value.where == str(tmp_path / "short.xml")
+
+
 def test_ir_of_unknown_rank_is_refused(tmp_path: Path) -> None:
     library = openvino_library.library()
     given = library.opset13.parameter(library.PartialShape.dynamic(), np.float32, name="x")
@@ -194,6 +202,16 @@ def test_bfloat16_is_proposed_only_where_the_processor_has_units_for_it() -> Non
 
     assert "bf16-openvino" in names("avx512_bf16") and "bf16-openvino" in names("amx_bf16")
     assert "bf16-openvino" not in names("avx2", "avx512f")
+
+
+@pytest.mark.parametrize("kind", ["onnx", "ir"])
+def test_auto_tries_nncf_where_it_is_and_cleans_onnx_up_for_it(kind: str, ir: Path) -> None:
+    source = models.read(CNN if kind == "onnx" else ir)
+    found = proposing.propose(source, set(), ["openvino"], lambda name: name == "nncf").variants
+    before = ["clean"] if kind == "onnx" else []
+    chains = {one.name: [step["use"] for step in one.passes] for one in found}
+    assert chains["int8-nncf"] == [*before, "nncf_int8"]
+    assert chains["int8-controlled"] == [*before, "nncf_accuracy"]
 
 
 def test_bfloat16_is_a_variant_of_the_same_file_held_to_float32(data: Path, tmp_path: Path) -> None:
