@@ -207,7 +207,7 @@ def test_outputs_that_nothing_judges_are_said() -> None:
 
 @pytest.mark.parametrize("count", [50, 200])
 def test_the_bound_of_skew_losses_holds_nearly_as_often_as_it_says(count: int) -> None:
-    """Most are small, few are large, as of a divergence: Student's bound held in 88 to 93 of 100."""
+    """Most are small, few are large, as of a divergence: Student held in 88 to 93 of 100."""
     rng = np.random.Generator(np.random.PCG64(1))
     sets = rng.chisquare(1, (300, count))
     bounds = [scores.difference(0 * one, -one, 0.95, is_share=False).bound for one in sets]
