@@ -104,7 +104,7 @@ def test_no_group_both_calibrates_and_judges(seed: int) -> None:
 
 
 def test_one_group_says_nothing_of_others() -> None:
-    with pytest.raises(UsageError, match="60 samples in 1 group"):
+    with pytest.raises(UsageError, match="60 samples to judge by in 1 group"):
         datasets.split(data(X, np.zeros(60, int)), data(X + 1), 10, 0, 0, 0)
 
 
