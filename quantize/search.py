@@ -478,6 +478,8 @@ def _with(recipe: Recipe, finalists: Sequence[Trial], run: _Run) -> Recipe:
     known = [(one.backend, one.passes) for one in recipe.variants]
     variants = [one.variant for one in finalists]
     new = [one for one in variants if (one.backend, one.passes) not in known]
+    taken = {one.name for one in recipe.variants}  # finalists of an earlier search among them
+    new = [_apart(one, taken) for one in new]
     refused = sum(1 for one in run.found if one.refusal)
     note = (
         f"searched: {len(run.found)} trials ({refused} refused), each judged with"
@@ -487,6 +489,15 @@ def _with(recipe: Recipe, finalists: Sequence[Trial], run: _Run) -> Recipe:
     return msgspec.structs.replace(
         recipe, variants=(*recipe.variants, *new), notes=(*recipe.notes, note)
     )
+
+
+def _apart(variant: Variant, taken: set[str]) -> Variant:
+    """The variant under a name that is not taken; numbers of trials keep finalists apart."""
+    name, number = variant.name, 1
+    while name in taken:
+        number += 1
+        name = f"{variant.name[:60]}-{number}"
+    return msgspec.structs.replace(variant, name=name)
 
 
 def explained(outcome: Outcome, found: Searched) -> Outcome:

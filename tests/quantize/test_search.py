@@ -18,7 +18,7 @@ from quantize import causes, cli, executors, kernels, moves, search, targets
 from quantize import recipe as recipes
 from quantize.executors import Said
 from quantize.moves import Facts
-from quantize.recipe import Calibration, Data, Recipe, Search, Variant
+from quantize.recipe import Budgets, Calibration, Data, Recipe, Search, Variant
 from quantize.search import Searched
 from quantize.trials import Found, Journal, Trial
 from tests.quantize.inline import Cut, InlineExecutor
@@ -230,6 +230,18 @@ def test_what_may_have_passed_is_tried_again_by_the_next_command(
     with InlineExecutor() as executor:
         search.search(given, tmp_path, executor, silent)
     assert executor.jobs == []
+
+
+def test_a_finalist_that_is_called_like_a_variant_of_the_recipe_gets_another_name(
+    data: Path, tmp_path: Path
+) -> None:
+    """A recipe may hold finalists of an earlier search, with that search's numbers."""
+    given = recipe(data, trials_max=1)
+    mine = Variant("s01-int8-minmax", passes=({"use": "float16"},))
+    given = msgspec.structs.replace(given, budgets=Budgets(1.0, speedup_min=0), variants=(mine,))
+    with InlineExecutor() as executor:
+        found = search.search(given, tmp_path, executor, silent)
+    assert [one.name for one in found.recipe.variants] == ["s01-int8-minmax", "s01-int8-minmax-2"]
 
 
 def test_times_of_another_processor_are_not_taken(
