@@ -93,12 +93,13 @@ def _apart(split: Split, seed: int) -> _Parts:
 
 
 def _fresh(split: Split) -> Dataset | None:
-    """The spare samples that the evaluation set does not hold too."""
+    """The spare samples that the evaluation set does not hold too, nor others of their groups."""
     assert split.spare is not None
     spare, judging_ones = datasets.known(split.spare), datasets.known(split.evaluation)
     assert spare.facts is not None and judging_ones.facts is not None
     same = np.isin(spare.facts.digests[:, 0], judging_ones.facts.digests[:, 0])
-    return None if same.all() else spare.take(np.flatnonzero(~same))
+    gone = same if spare.groups is None else np.isin(spare.groups, spare.groups[same])
+    return None if gone.all() else spare.take(np.flatnonzero(~gone))
 
 
 def _metric(

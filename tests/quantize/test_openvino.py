@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -28,7 +29,7 @@ from quantize import (
     proposing,
     scores,
     scratch,
-    targets,
+    validating,
     workflow,
 )
 from quantize.building import Built
@@ -96,27 +97,40 @@ def test_ir_of_two_files_is_read_as_one_float_model(ir: Path) -> None:
     assert one.path.suffix == ".ir" and models.read(ir).path == one.path
 
 
-def test_auto_makes_a_bundle_of_ir(
-    ir: Path,
-    data: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_run_makes_a_bundle_of_ir(
+    ir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # What NNCF and bfloat16 make has tests of its own; here they would take most of the time.
-    here = targets.can_import
-    monkeypatch.setattr(targets, "can_import", lambda name: name != "nncf" and here(name))
-    monkeypatch.setattr(causes, "processor_features", frozenset)
-    out = tmp_path / "out.bundle"
-    words = ["auto", str(ir), "--data", str(data), "--target", "generic-x86_64", "--samples", "100"]
-    assert cli.main([*words, "--drop-max", "0.2", "-o", str(out), "--json"]) == 0
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out.bundle"
+    recipe.write_text(RECIPE.format(source=ir, data=data))
+    assert cli.main(["run", str(recipe), "-o", str(out), "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)
     found = {one["name"]: one for one in outcome["evaluated"]}
-    assert outcome["reference"] == "fp32-openvino"
+    assert outcome["reference"] == "fp32"
     assert {one["backend"] for one in found.values()} == {"openvino"}
-    assert found["fp16-openvino"]["size_bytes"] < 0.6 * found["fp32-openvino"]["size_bytes"]
+    assert found["fp16"]["size_bytes"] < 0.6 * found["fp32"]["size_bytes"]
     with archive.open_bundle(out) as bundle:
-        assert bundle.manifest.variants[0].name == "fp32-openvino"
+        assert {one.name for one in bundle.manifest.variants} == {"fp32", "fp16"}
+
+
+# Samples and rounds are few, and speed is not asked for: this is no measurement.
+RECIPE = """
+name: cnn
+version: 1
+source: {source}
+data: {{path: {data}}}
+evaluation: {{samples: 100, rounds: 3}}
+budgets: {{drop_max: 0.2, speedup_min: 0}}
+variants:
+  - {{name: fp32, backend: openvino}}
+  - {{name: fp16, backend: openvino, passes: [{{use: float16}}]}}
+"""
+
+
+def test_auto_plans_for_ir(ir: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["auto", str(ir), "--data", str(data), "--target", "generic-x86_64", "--dry-run"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "fp32-openvino" in said and "fp16-openvino" in said and "onnxruntime" not in said
 
 
 def test_ir_without_its_weights_is_refused_with_the_missing_file(ir: Path, tmp_path: Path) -> None:
@@ -392,6 +406,17 @@ def test_what_a_pass_chooses_by_neither_calibrates_nor_judges(apart: tuple[Path,
     assert seen.score(want, want).mean() == 1.0 and seen.drop_max == 0.05
 
 
+def test_other_views_of_what_judges_are_not_chosen_by(apart: tuple[Path, Path]) -> None:
+    ready = controlled(CNN, *apart)
+    assert ready.split.spare is not None
+    spare = dataclasses.replace(ready.split.spare, groups=np.arange(len(ready.split.spare)) // 10)
+    left = validating._fresh(ready.split._replace(spare=spare))
+    assert left is not None and left.groups is not None and spare.groups is not None
+    judging_ones = {one.tobytes() for one in ready.split.evaluation.feeds["input"]}
+    copies = [one.tobytes() in judging_ones for one in spare.feeds["input"]]
+    assert any(copies) and set(left.groups) == set(spare.groups) - set(spare.groups[copies])
+
+
 def test_without_spare_samples_half_of_the_calibration_set_is_held_apart(
     apart: tuple[Path, Path],
 ) -> None:
@@ -448,12 +473,10 @@ def test_what_was_chosen_by_is_in_the_results_key(apart: tuple[Path, Path]) -> N
 
 
 @needs_nncf
-@pytest.mark.parametrize("kind", ["onnx", "ir"])
 def test_a_metric_that_is_0_for_the_float_model_controls_too(
-    kind: str, outliers: Path, apart: tuple[Path, Path], tmp_path: Path
+    outliers: Path, apart: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    model = outliers if kind == "onnx" else as_ir(outliers, tmp_path / "outliers.xml")
-    ready, said = controlled(model, *apart, drop_max=1.0), []
+    ready, said = controlled(outliers, *apart, drop_max=1.0), []
     whole = ready.judge
     judge = Judge(whole.recipe, whole.source, whole.data, scores.metric("mse"), whole.output)
     assert ready.split.spare is not None
