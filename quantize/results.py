@@ -170,3 +170,8 @@ class Outcome(msgspec.Struct, frozen=True):
 def many(samples: int, groups: int) -> str:
     """So many samples, for people; 0 groups: each is its own."""
     return f"{samples} samples" + (f" in {groups} groups" if groups else "")
+
+
+def percent(share: float) -> str:
+    """A confidence for people, as it was stated: 99.5 % is not 100 %."""
+    return f"{100 * share:.6g}%"

@@ -12,7 +12,7 @@ import msgspec
 
 from quantize import checks, scores
 from quantize.recipe import Budgets
-from quantize.results import Evaluated, Finding
+from quantize.results import Evaluated, Finding, percent
 from quantize.scores import Difference
 
 # Two medians of interleaved rounds differ by so much through chance on a machine of two shared
@@ -84,7 +84,7 @@ def _wrong(
         return f"{WORSE}: {figures}, a loss of {lost.drop:.4f} where {drop_max:g} is allowed"
     if not lost.bound <= drop_max:
         return (
-            f"{UNPROVEN}: {figures}; at {budgets.confidence:.0%} confidence it may lose"
+            f"{UNPROVEN}: {figures}; at {percent(budgets.confidence)} confidence it may lose"
             f" {lost.bound:.4f}, allowed is {drop_max:g};"
             f" {_enough(lost, samples, drop_max, budgets.confidence)}"
         )

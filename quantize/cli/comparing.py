@@ -143,7 +143,7 @@ def _text(found: Compared) -> str:
     return "\n".join(
         [
             f"{found.metric} on {results.many(found.samples, found.groups)},"
-            f" {found.confidence:.0%} confidence",
+            f" {results.percent(found.confidence)} confidence",
             output.table(("model", "backend", f">{found.metric}", ">p50", ">size"), rows),
             f"the second loses {loss.drop:+.4f} ({loss.low:+.4f}..{loss.high:+.4f}): worse on"
             f" {loss.worse} samples, better on {loss.better}, p = {loss.p_value:.2g};"

@@ -14,7 +14,7 @@ import msgspec
 from edge_runtime.cli import output
 from quantize.report import advice, charts
 from quantize.report.style import CSS
-from quantize.results import Evaluated, Outcome
+from quantize.results import Evaluated, Outcome, percent
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 HEADERS = (
@@ -65,8 +65,8 @@ def _sections(outcome: Outcome) -> Iterator[str]:
     yield '<div class="two">'
     yield _figure(
         "Loss against the float model",
-        f"Of the same samples, with its {outcome.confidence:.0%} interval; p: chance of such a"
-        f" difference between equals. Dashed: what is allowed, {outcome.drop_max:g}.",
+        f"Of the same samples, with its {percent(outcome.confidence)} interval; p: chance of"
+        f" such a difference between equals. Dashed: what is allowed, {outcome.drop_max:g}.",
         charts.losses(outcome),
     )
     yield _figure(
@@ -94,7 +94,7 @@ def _sections(outcome: Outcome) -> Iterator[str]:
 def _conditions(outcome: Outcome) -> str:
     return (
         f"{outcome.metric} on {outcome.judged_by}; a loss of up to {outcome.drop_max:g} is"
-        f" allowed at {outcome.confidence:.0%} confidence; measured on"
+        f" allowed at {percent(outcome.confidence)} confidence; measured on"
         f" {outcome.machine.get('processor') or outcome.machine.get('machine', 'this machine')}"
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from edge_runtime.cli import output
 from quantize.report import advice
-from quantize.results import Evaluated, Outcome
+from quantize.results import Evaluated, Outcome, percent
 
 HEADERS = ("variant", "backend", ">score", ">loss", ">p50", ">speed", ">size", ">memory", "verdict")
 
@@ -24,7 +24,7 @@ def _head(outcome: Outcome) -> str:
     machine = outcome.machine
     return (
         f"{outcome.name}: {outcome.metric} on {outcome.judged_by}; a loss of up to"
-        f" {outcome.drop_max:g} is allowed, at {outcome.confidence:.0%} confidence\n"
+        f" {outcome.drop_max:g} is allowed, at {percent(outcome.confidence)} confidence\n"
         f"measured on {machine.get('processor') or machine.get('machine')},"
         f" {machine.get('cores')} cores, in {outcome.seconds:.0f} s"
     )

@@ -7,7 +7,7 @@ import pytest
 
 from edge_runtime.errors import ModelError, UsageError
 from edge_runtime.tensors import TensorSpec
-from quantize import clusters, judging, scores
+from quantize import clusters, judging, results, scores
 from quantize.recipe import Evaluation
 
 CLASSES = TensorSpec("p", "FP32", (-1, 10))
@@ -222,3 +222,8 @@ def test_shares_that_are_not_lost_on_few_samples_prove_as_little_as_hits() -> No
     found = scores.difference(half, half, 0.95)
     assert found.low == pytest.approx(-found.high)
     assert scores.difference(half, half, 0.95, is_share=False).bound == 0
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.95, "95%"), (0.995, "99.5%"), (0.9999, "99.99%")])
+def test_a_confidence_is_not_rounded_up_to_certainty(share: float, said: str) -> None:
+    assert results.percent(share) == said
