@@ -61,6 +61,8 @@ BATCH = 4
 # Multiplications that a layer's sensitivity may cost: half a second of one core.
 MACS_PER_LAYER = 20e9
 SAMPLES_MIN = 32
+# Of the time that is left, for finding the sensitive layers: trials are to follow from them.
+LAYERS_SHARE = 0.5
 # Costs that differ by less mean nothing: loss counts always, time is noisy, size is exact.
 MARGINS = (0.0, verdict.NOISE, 0.01)
 
@@ -152,6 +154,7 @@ class _Run:
         self.journal = Journal(self.kept.folder / JOURNAL)
         self.found: list[Trial] = []
         self.layers: tuple[sensitivity.Layer, ...] = ()
+        self.notes: list[str] = []
         self._tried: set[str] = set()
         self._trainings = trainings.Trainings(
             recipe, self.kept, executor, say, lambda: self.clock.left_s
@@ -337,11 +340,13 @@ def _with_layers(run: _Run, facts: Facts) -> Facts:
     version = library_of(models.BACKENDS[facts.format]).version()
     name = scratch.key("layers", trials.context(run.ready), version)
     given = trials.order(run.recipe, Variant("layers"), run.kept.folder)
-    job = Job(name, "quantize.search:rank_layers", given | {"key": name})
+    most_s = run.clock.left_s * LAYERS_SHARE
+    job = Job(name, "quantize.search:rank_layers", given | {"key": name, "most_s": most_s})
     run.say("finding the sensitive layers")
     for done in executors.run(run.executor, [job], job_s_max=run.clock.left_s):
         if done.said.refusal:
-            run.say(f"sensitivity was not measured: {done.said.refusal}")
+            run.notes.append(f"sensitive layers were not looked for: {done.said.refusal}")
+            run.say(run.notes[-1])
             return facts
         run.layers = msgspec.convert(done.said.result, tuple[sensitivity.Layer, ...])
         return facts._replace(layers=tuple(one.name for one in run.layers))
@@ -350,17 +355,18 @@ def _with_layers(run: _Run, facts: Facts) -> Facts:
 
 def rank_layers(given: dict[str, Any]) -> list[dict[str, Any]]:
     """sensitivity.Layer of each, the most sensitive first. The job of an executor."""
-    told = msgspec.convert({k: v for k, v in given.items() if k != "key"}, trials.Order)
+    own = ("key", "most_s")
+    told = msgspec.convert({k: v for k, v in given.items() if k not in own}, trials.Order)
     ready, kept = workflow.prepare(told.recipe), scratch.Scratch(Path(told.folder))
 
     def make(draft: Path) -> None:
-        draft.write_bytes(msgspec.json.encode(_ranked(ready, kept)))
+        draft.write_bytes(msgspec.json.encode(_ranked(ready, kept, given["most_s"])))
 
     path = kept.made(given["key"], ".layers.json", make)
     return msgspec.json.decode(path.read_bytes(), type=list[dict[str, Any]])
 
 
-def _ranked(ready: Prepared, kept: scratch.Scratch) -> list[sensitivity.Layer]:
+def _ranked(ready: Prepared, kept: scratch.Scratch, most_s: float) -> list[sensitivity.Layer]:
     source = ready.source
     if source.format == ONNX:
         source = models.read(_clean(ready, kept))
@@ -379,7 +385,7 @@ def _ranked(ready: Prepared, kept: scratch.Scratch) -> list[sensitivity.Layer]:
         data = ready.split.evaluation.take(np.arange(count))
         judge = ready.judge
         probe = sensitivity.Probe(source, parts, data, judge.metric, judge.output, Path(folder))
-        return sensitivity.layers(probe, lambda _: None)
+        return sensitivity.layers(probe, lambda _: None, most_s)
 
 
 # --- trials ---------------------------------------------------------------------------------------
@@ -487,7 +493,7 @@ def _with(recipe: Recipe, finalists: Sequence[Trial], run: _Run) -> Recipe:
         " to the best of many trials is only partly taken back"
     )
     return msgspec.structs.replace(
-        recipe, variants=(*recipe.variants, *new), notes=(*recipe.notes, note)
+        recipe, variants=(*recipe.variants, *new), notes=(*recipe.notes, note, *run.notes)
     )
 
 

@@ -2,12 +2,14 @@
 
 Law of this file: it quantizes one node at a time with ranges that were found once, and looks at the
 answers in this process; the final word on a variant is `evaluating`'s. Everything is by seed and
-order, nothing by time.
+order; time only decides whether there is enough of it.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,8 @@ import msgspec
 import numpy as np
 
 from edge_runtime.backends import backend
-from edge_runtime.errors import EdgeError
+from edge_runtime.cli import output
+from edge_runtime.errors import EdgeError, ModelError
 from quantize import automatic, datasets, judging, looking, models, noise, probes
 from quantize.models import ModelFile
 from quantize.passes import ONNX, Bench, Say
@@ -30,6 +33,7 @@ Array = np.ndarray[Any, Any]
 # Samples that each layer is judged with: enough to rank layers; the proposal is judged with all.
 SAMPLES_DEFAULT = 512
 ROWS = 64
+LAYERS_TIMED = 2  # after so many it is known how long all take
 
 
 class Layer(msgspec.Struct, frozen=True):
@@ -143,28 +147,43 @@ def measure(probe: Probe, metric: str, drop_max: float, say: Say) -> Sensitivity
     return Sensitivity(tuple(ranked), probe.samples, metric, loss_all, drop_max, exclude, loss)
 
 
-def layers(probe: Probe, say: Say) -> list[Layer]:
+def layers(
+    probe: Probe,
+    say: Say,
+    most_s: float = math.inf,
+    now_s: Callable[[], float] = time.monotonic,
+) -> list[Layer]:
     """Each layer that can be quantized, the most sensitive first.
 
     Raises:
-        UsageError, ModelError: the model has nothing that can be quantized.
+        UsageError, ModelError: the model has nothing that can be quantized, or the first of its
+            layers show that all take longer than `most_s`.
     """
+    began_s = now_s()
     full = probe.quantized()
     nodes = probe.parts.nodes(full)
     shares, own = probe.parts.shares(), probe.parts.noise(full, nodes)
     full.unlink()
-    found = []
+    found, first_s, expected = [], now_s(), ""
     for number, (name, operator) in enumerate(nodes, 1):
-        say(f"layer {number} of {len(nodes)}: {name}")
+        say(f"layer {number} of {len(nodes)}{expected}: {name}")
         try:
             path = probe.quantized(only=[name])
             answer, loss = probe.cost(path)
             alone = probe.parts.noise(path, [(name, operator)])
             path.unlink()
+            three = (alone, own, shares)
+            rest = (one.get(name, 0.0) for one in three)
+            found.append(Layer(name, operator, answer, loss, *rest))
         except EdgeError:
-            continue  # it is quantized only together with its neighbours
-        three = (alone, own, shares)
-        found.append(Layer(name, operator, answer, loss, *(one.get(name, 0.0) for one in three)))
+            pass  # it is quantized only together with its neighbours
+        left_s = (now_s() - first_s) / number * (len(nodes) - number)
+        expected = f", about {output.duration(left_s)} left"
+        if number == LAYERS_TIMED and now_s() - began_s + left_s > most_s:
+            raise ModelError(
+                f"{len(nodes)} layers would take {output.duration(now_s() - began_s + left_s)},"
+                f" and {output.duration(most_s)} may be spent on them"
+            )
     return sorted(found, key=lambda one: (one.sqnr_db, one.name))
 
 

@@ -14,7 +14,7 @@ import pytest
 from edge_runtime.backends import backend
 from edge_runtime.bundle import archive
 from edge_runtime.errors import UsageError
-from quantize import causes, cli, executors, kernels, moves, search, targets
+from quantize import causes, cli, executors, kernels, moves, search, targets, trials, workflow
 from quantize import recipe as recipes
 from quantize.executors import Said
 from quantize.moves import Facts
@@ -143,6 +143,23 @@ def test_one_that_was_cut_off_goes_on_and_ends_as_if_it_had_not_been(
         third = search.search(given, tmp_path, executor, silent)
     assert [job.function for job in executor.jobs] == ["quantize.search:rank_layers"]
     assert third == second
+
+
+def test_layers_that_would_take_too_long_are_given_up_and_that_is_noted(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "LAYERS_SHARE", 1e-6)
+    given = recipe(data)
+    assert given.search is not None
+    ready = workflow.prepare(trials.alone(given, given.variants))
+    clock = search.Clock(lambda: 0.0, 0.0, given.search.time_s_max)
+    with InlineExecutor() as executor:
+        run = search._Run(ready, given, given.search, tmp_path, executor, silent, clock)
+        facts = search._with_layers(run, search._facts(run))
+    assert facts.layers == () and run.layers == ()
+    note = search._with(given, (), run).notes[-1]
+    assert note.startswith("sensitive layers were not looked for: ")
+    assert "layers would take" in note
 
 
 def test_no_trial_begins_after_the_time(data: Path, tmp_path: Path) -> None:

@@ -164,3 +164,11 @@ def test_pictures_are_read_as_the_model_wants_them(
     assert cli.main(words) == 0
     assert json.loads(capsys.readouterr().out)["layers"]
     assert cli.main(["compare", str(MODEL), str(MODEL), "--data", str(tmp_path)]) == 0
+
+
+def test_how_long_it_will_take_is_said_after_the_first_layer(fragile: tuple[Path, Path]) -> None:
+    said: list[str] = []
+    sensitivity.of_model(Question(fragile[0], str(fragile[1]), samples=32), said.append)
+    mine = [one for one in said if one.startswith("layer ")]
+    assert mine[0] == "layer 1 of 4: gemm0"
+    assert all("left: gemm" in one for one in mine[1:]) and len(mine) == 4
