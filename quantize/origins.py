@@ -143,7 +143,12 @@ def export(given: Recipe, folder: Path) -> Recipe:
     """`exported`, in this process."""
     kept, made = scratch.Scratch(folder), torch_modules.load(given.source)
     first, (how, notes) = _samples(made, given), _fitting(given)
-    job = Job(made, first, torch_modules.names(made, how, first), how, given.data)
+    try:
+        called = torch_modules.names(made, how, first)
+    except ModelError:  # of modules and programs that take one sample only: `_not_free` says why
+        first = torch_modules.alone(first)
+        called = torch_modules.names(made, how, first)
+    job = Job(made, first, called, how, given.data)
     path, facts = _once(kept, job, ".onnx", _onnx)
     files, found = {ONNX: path}, {ONNX: facts}
     versions = torch_modules.versions()

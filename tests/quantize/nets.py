@@ -39,6 +39,13 @@ class Joined(nn.Module):
         return image.reshape(1, -1) * 2
 
 
+class Lone(nn.Module):
+    """One sample, and an error for more."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image.reshape(1, 64)[:, :4] * 2
+
+
 class Eigen(nn.Module):
     """A step that ONNX does not have."""
 
@@ -111,6 +118,10 @@ def failing() -> nn.Module:
 
 def two() -> nn.Module:
     return Two().eval()
+
+
+def lone() -> nn.Module:
+    return Lone().eval()
 
 
 def joined() -> nn.Module:

@@ -208,6 +208,12 @@ def program(path: Path, module: torch.nn.Module) -> Path:
     return path
 
 
+def test_a_module_that_refuses_two_samples_takes_one_at_a_time(data: Path, tmp_path: Path) -> None:
+    made = origins.export(recipe("lone", data), tmp_path)
+    assert origins.read(made).inputs[0].shape == (1, 1, 8, 8)
+    assert made.origin is not None and "one sample at a time" in made.origin.notes[0]
+
+
 def test_an_exported_program_is_a_source_too(data: Path, tmp_path: Path) -> None:
     path = program(tmp_path / "net.pt2", nets.small())
     made = origins.export(recipe(str(path), data), tmp_path / "work")
