@@ -17,7 +17,17 @@ import numpy as np
 
 from edge_runtime.errors import ModelError, UsageError
 from edge_runtime.tensors import TensorSpec
-from quantize import datasets, evaluating, judging, latency, looking, models, scores, served
+from quantize import (
+    datasets,
+    evaluating,
+    judging,
+    latency,
+    looking,
+    models,
+    origins,
+    scores,
+    served,
+)
 from quantize.datasets import Dataset
 from quantize.latency import Timed
 from quantize.models import ModelFile
@@ -117,12 +127,26 @@ def model_files(
     threads: int,
     say: Callable[[str], None],
 ) -> Compared:
-    """Ask both for every sample and test what the second loses.
+    """Ask both for every sample and test what the second loses. Of torch: what it exports.
 
     Raises:
         EdgeError: a model or the data are wrong, or their signatures differ.
     """
-    sides = [models.read(path) for path in paths]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [origins.file_of(path, data, Path(folder), say) for path in paths]
+        sides = [models.read(path) for path in files]
+        return _compared(paths, sides, data, evaluation, confidence, threads, say)
+
+
+def _compared(
+    paths: tuple[Path, Path],
+    sides: list[ModelFile],
+    data: Data,
+    evaluation: Evaluation,
+    confidence: float,
+    threads: int,
+    say: Callable[[str], None],
+) -> Compared:
     if len(sides[0].inputs) != len(sides[1].inputs):
         raise UsageError(
             f"takes {len(sides[1].inputs)} inputs",

@@ -95,8 +95,9 @@ def run(
     may_begin: Callable[[], bool] = lambda: True,
     tick: Callable[[], None] = lambda: None,
     tick_s: float = JOB_S_MAX,
+    attempts_max: int = ATTEMPTS_MAX,
 ) -> Iterator[Done]:
-    """Every job's end, in the order of ending. A lost job is tried ATTEMPTS_MAX times in all.
+    """Every job's end, in the order of ending. A lost job is tried `attempts_max` times in all.
 
     Jobs that have not begun when `may_begin` says no are left out. `tick` is called after every
     wait, and a wait is no longer than `tick_s`.
@@ -121,11 +122,11 @@ def run(
             one = running.pop(key)
             if isinstance(said, Said):
                 yield Done(key, said, one.attempt)
-            elif one.attempt < ATTEMPTS_MAX:
+            elif one.attempt < attempts_max:
                 waiting.append((one.job, one.attempt + 1))
             else:
-                lost = f"lost {one.attempt} times: {said}"
-                yield Done(key, Said(refusal=lost, passing=True), one.attempt)
+                lost = f"lost {one.attempt} times: " if one.attempt > 1 else ""
+                yield Done(key, Said(refusal=f"{lost}{said}", passing=True), one.attempt)
         for key in [key for key, one in running.items() if one.deadline_s <= now_s()]:
             executor.cancel(key)
             refusal = f"took longer than {job_s_max:g} s"

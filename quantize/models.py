@@ -136,7 +136,7 @@ def _refuse_torch(path: Path) -> None:
         raise UsageError(
             "is torch's, and has to be exported first",
             where=str(path),
-            remedy="`edge-quantize auto` and `run` do; with --work DIR the .onnx stays there",
+            remedy="name it as `source` of a recipe, or as the model of a command",
         )
     if path.suffix in WEIGHTS:
         raise UsageError(

@@ -33,7 +33,7 @@ from quantize import (
 )
 from quantize.models import ModelFile
 from quantize.passes import ONNX, TFLITE, TORCH, Bench, Say
-from quantize.recipe import Origin, Recipe
+from quantize.recipe import Data, Origin, Recipe
 from quantize.torch_modules import Module, Names
 
 Array = np.ndarray[Any, Any]
@@ -57,7 +57,7 @@ class Job(NamedTuple):
     given: Sequence[Array]
     called: Names
     how: recipe.Export
-    data: recipe.Data
+    data: Data
 
 
 def is_torch(source: str) -> bool:
@@ -120,12 +120,26 @@ def exported(given: Recipe, folder: Path, say: Say) -> Recipe:
     order = {"recipe": msgspec.to_builtins(given), "folder": str(folder.resolve())}
     job = executors.Job("export", "quantize.origins:export_job", order)
     with executors.LocalExecutor() as executor:
-        (done,) = executors.run(executor, [job])
+        (done,) = executors.run(executor, [job], attempts_max=1)  # what killed it does so again
     if done.said.refusal:
-        raise ModelError(f"its export ended: {done.said.refusal}", where=given.source)
+        raise ModelError(
+            f"its export ended: {done.said.refusal}",
+            where=given.source,
+            remedy="an export takes several times the memory of the weights, and signal 9 is often"
+            " memory that ran out (dmesg)"
+            if "signal" in done.said.refusal
+            else "",
+        )
     if "error" in done.said.result:
         raise errors.from_document(done.said.result["error"])
     return msgspec.convert(done.said.result["recipe"], Recipe)
+
+
+def file_of(source: Path, data: Data, folder: Path, say: Say) -> Path:
+    """A model file: the source itself, or what torch exports of it. Raises: as `exported`."""
+    if not is_torch(str(source)):
+        return source
+    return Path(exported(Recipe("source", str(source), data), folder, say).source)
 
 
 def export_job(order: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +215,7 @@ def of_program(program: Path, samples: Path, like: Path, bench: Bench) -> Path:
     given = Recipe(
         "program",
         str(program),
-        recipe.Data(str(samples)),
+        Data(str(samples)),
         export=recipe.Export(
             tuple(spec.name for spec in bench.inputs),
             tuple(spec.name for spec in bench.outputs),

@@ -20,12 +20,12 @@ import numpy as np
 from edge_runtime.backends import backend
 from edge_runtime.cli import output
 from edge_runtime.errors import EdgeError, ModelError
-from quantize import automatic, datasets, judging, looking, models, noise, probes
+from quantize import automatic, datasets, judging, looking, models, noise, origins, probes
 from quantize.models import ModelFile
 from quantize.passes import ONNX, Bench, Say
 from quantize.passes.graph import Clean
 from quantize.probes import Parts
-from quantize.recipe import Calibration, Evaluation
+from quantize.recipe import Calibration, Data, Evaluation
 from quantize.scores import Metric
 
 Array = np.ndarray[Any, Any]
@@ -239,12 +239,18 @@ class Question(NamedTuple):
 
 
 def of_model(question: Question, say: Say) -> Sensitivity:
-    """The model's layers; of an ONNX model those after the pass `clean`.
+    """The layers of a model; of ONNX, which torch exports too, those after the pass `clean`.
 
     Raises:
         EdgeError: what is wrong with the model or the data.
     """
-    given = models.read(question.model)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, data = Path(temporary), Data(question.data)
+        given = models.read(origins.file_of(question.model, data, folder, say))
+        return _of_file(given, question, folder, say)
+
+
+def _of_file(given: ModelFile, question: Question, folder: Path, say: Say) -> Sensitivity:
     told = automatic.data(question.data, question.calibration, given)
     whole = datasets.load(told, given.inputs)
     own = datasets.load(told, given.inputs, told.calibration) if told.calibration else None
@@ -259,16 +265,12 @@ def of_model(question: Question, say: Say) -> Sensitivity:
         looking.looks(given, split.evaluation),
     )
     metric, samples = judged.metric, split.evaluation.labelled(judged.labels)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        bench = Bench(
-            split.calibration.feeds, given.inputs, given.outputs, given.batch_axis, 0, say
-        )
-        source = cleaned(given, bench, folder)
-        parts = probes.parts(source, bench, question.method, folder)
-        probe = Probe(source, parts, samples, metric, judged.output, folder)
-        drop_max = metric.drop_max if question.drop_max is None else question.drop_max
-        found = measure(probe, judged.name, drop_max, say)
+    bench = Bench(split.calibration.feeds, given.inputs, given.outputs, given.batch_axis, 0, say)
+    source = cleaned(given, bench, folder)
+    parts = probes.parts(source, bench, question.method, folder)
+    probe = Probe(source, parts, samples, metric, judged.output, folder)
+    drop_max = metric.drop_max if question.drop_max is None else question.drop_max
+    found = measure(probe, judged.name, drop_max, say)
     faults = [f"{one.fault}: {one.text}" for one in split.findings]
     notes = (*faults, *split.notes, *([judged.note] if judged.note else []))
     return msgspec.structs.replace(found, notes=notes)

@@ -36,18 +36,17 @@ def test_weights_alone_are_refused_with_what_to_write_instead(
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("torch")), reason="torch is installed here")
+@pytest.mark.parametrize("words", [["auto"], ["sensitivity"], ["compare", "net.onnx"]])
 def test_a_torch_source_without_torch_names_the_extra(
-    data: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["auto", "nets:small", "--data", str(data)]) == 2
+    assert cli.main([*words, "nets:small", "--data", str(data)]) == 2
     assert "edge-runtime[quantize-torch]" in capsys.readouterr().err
 
 
-def test_a_command_that_does_not_export_says_which_do(
-    data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["sensitivity", "nets:small", "--data", str(data)]) == 2
-    assert "has to be exported first" in capsys.readouterr().err
+def test_a_torch_source_is_no_other_format_of_a_model(data: Path) -> None:
+    with pytest.raises(UsageError, match="has to be exported first"):
+        models.read(Path("nets:small"))
 
 
 def test_only_a_function_or_an_exported_program_is_torch() -> None:

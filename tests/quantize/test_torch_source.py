@@ -198,6 +198,14 @@ def test_what_cannot_be_exported_is_refused_with_what_to_do(
     assert not list(tmp_path.glob("*.onnx"))
 
 
+def test_an_export_whose_process_is_killed_says_so_after_one_try(
+    data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"ended with signal 9 \(loading the weights\)") as caught:
+        origins.exported(recipe("dying", data), tmp_path, lambda what: None)
+    assert "memory that ran out" in caught.value.remedy and "times" not in caught.value.message
+
+
 # --- exported programs ----------------------------------------------------------------------------
 
 
@@ -365,6 +373,19 @@ def test_a_run_from_a_function_ends_in_a_bundle_that_names_it(
     assert origin["versions"]["torch"] == torch.__version__
 
 
+def test_layers_of_a_module_and_a_comparison_with_it_need_no_file(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(data), "--samples", "60", "--json"]
+    assert cli.main(["sensitivity", f"{NETS}:small", *words]) == 0
+    layers = [one["operator"] for one in json.loads(capsys.readouterr().out)["layers"]]
+    assert sorted(layers) == ["Add", "Conv", "Conv", "Gemm", "Gemm"]
+    file = origins.export(recipe("small", data), tmp_path).source
+    assert cli.main(["compare", f"{NETS}:small", file, *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["first"]["path"] == f"{NETS}:small" and found["loss"]["drop"] == 0
+
+
 @litert_torch
 def test_a_tflite_of_the_same_module_has_the_same_inputs_and_outputs(
     data: Path, tmp_path: Path
@@ -378,6 +399,28 @@ def test_a_tflite_of_the_same_module_has_the_same_inputs_and_outputs(
     assert "variants must be interchangeable" in made.origin.notes[0]
     with pytest.raises(UsageError, match="one sample at a time"):
         origins.export(recipe("small", data, Export(batch="free"), "litert"), tmp_path)
+
+
+@litert_torch
+def test_a_run_with_litert_ends_in_variants_of_both_formats(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written, out = tmp_path / "net.yaml", tmp_path / "net.bundle"
+    written.write_text(
+        f"name: net\nsource: {NETS}:small\ndata: {{path: {data}}}\n"
+        "budgets: {drop_max: 0.9, speedup_min: 0, confidence: 0.6}\n"
+        "evaluation: {rounds: 3, samples: 60}\n"
+        "variants:\n  - {name: fp32}\n  - {name: fp32-litert, backend: litert}\n"
+        "  - {name: int8, passes: [{use: static_int8}]}\n"
+    )
+    assert cli.main(["run", str(written), "-o", str(out), "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    scores = {one["variant"]["name"]: one["score"]["value"] for one in outcome["evaluated"]}
+    assert scores["fp32-litert"] == scores["fp32"]
+    with archive.open_bundle(out) as bundle:
+        assert {one.backend for one in bundle.manifest.variants} >= {"litert"}
+        assert bundle.manifest.inputs[0].shape[0] == 1
+        assert "tflite" in bundle.manifest.provenance["recipe"]["origin"]["differences"]
 
 
 @litert_torch
