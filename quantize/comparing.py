@@ -18,6 +18,7 @@ import numpy as np
 from edge_runtime.errors import ModelError, UsageError
 from edge_runtime.tensors import TensorSpec
 from quantize import (
+    automatic,
     datasets,
     evaluating,
     judging,
@@ -121,7 +122,7 @@ def _cautions(first: Outcome, second: Outcome) -> list[str]:
 
 def model_files(
     paths: tuple[Path, Path],
-    data: Data,
+    data: str,
     evaluation: Evaluation,
     confidence: float,
     threads: int,
@@ -129,13 +130,17 @@ def model_files(
 ) -> Compared:
     """Ask both for every sample and test what the second loses. Of torch: what it exports.
 
+    Args:
+        data: where samples are; of images the first model's input says how they come.
+
     Raises:
         EdgeError: a model or the data are wrong, or their signatures differ.
     """
     with tempfile.TemporaryDirectory() as folder:
-        files = [origins.file_of(path, data, Path(folder), say) for path in paths]
+        files = [origins.file_of(path, Data(data), Path(folder), say) for path in paths]
         sides = [models.read(path) for path in files]
-        return _compared(paths, sides, data, evaluation, confidence, threads, say)
+        told = automatic.data(data, "", sides[0])
+        return _compared(paths, sides, told, evaluation, confidence, threads, say)
 
 
 def _compared(

@@ -95,13 +95,13 @@ def _models(arguments: argparse.Namespace) -> int:
     import msgspec
 
     from edge_runtime.cli.progress import Progress
-    from quantize import automatic, comparing, models
+    from quantize import comparing
     from quantize.recipe import Evaluation
 
     with Progress(sys.stderr, quiet=arguments.json) as progress:
         found = comparing.model_files(
             (arguments.first, arguments.second),
-            automatic.data(arguments.data, "", models.read(arguments.first)),
+            arguments.data,
             Evaluation(_metric(arguments.metric), samples=arguments.samples),
             arguments.confidence,
             arguments.threads,
