@@ -402,6 +402,28 @@ def test_a_tflite_of_the_same_module_has_the_same_inputs_and_outputs(
 
 
 @litert_torch
+def test_a_run_with_litert_ends_in_variants_of_both_formats(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written, out = tmp_path / "net.yaml", tmp_path / "net.bundle"
+    written.write_text(
+        f"name: net\nsource: {NETS}:small\ndata: {{path: {data}}}\n"
+        "budgets: {drop_max: 0.9, speedup_min: 0, confidence: 0.6}\n"
+        "evaluation: {rounds: 3, samples: 60}\n"
+        "variants:\n  - {name: fp32}\n  - {name: fp32-litert, backend: litert}\n"
+        "  - {name: int8, passes: [{use: static_int8}]}\n"
+    )
+    assert cli.main(["run", str(written), "-o", str(out), "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    scores = {one["name"]: one["score"]["value"] for one in outcome["evaluated"]}
+    assert scores["fp32-litert"] == scores["fp32"]
+    with archive.open_bundle(out) as bundle:
+        assert {one.backend for one in bundle.manifest.variants} >= {"litert"}
+        assert bundle.manifest.inputs[0].shape[0] == 1
+        assert "tflite" in bundle.manifest.provenance["recipe"]["origin"]["differences"]
+
+
+@litert_torch
 def test_wide_integers_and_the_order_of_outputs_are_kept_in_a_tflite(
     pairs: Path, tmp_path: Path
 ) -> None:
