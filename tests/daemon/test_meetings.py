@@ -131,7 +131,7 @@ def test_a_version_whose_record_has_rotted_leaves_the_place_to_the_previous_one(
     daemon.start()
     until(lambda: daemon.ready("rotten"))
     assert daemon.infer("rotten") == 4.0
-    assert daemon.events("fell_back", model="rotten")
+    until(lambda: daemon.events("fell_back", model="rotten"))  # after it serves
     assert daemon.model("rotten")["active"]["version"] == 1
 
 
