@@ -6,6 +6,7 @@ profile's backends, which libraries are here) and returns a recipe like one that
 
 from __future__ import annotations
 
+import platform
 import re
 import tempfile
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ def recipe(wish: Wish, folder: Path | None = None, say: Say = lambda what: None)
         backends,
         targets.can_import,
         groups,
-        causes.processor_features(),
+        _features(wish.target),
     )
     if not proposal.variants:
         raise UsageError(
@@ -104,6 +105,13 @@ def recipe(wish: Wish, folder: Path | None = None, say: Say = lambda what: None)
         pack=Pack(labels=_labels(wish.labels)),
         notes=(*notes, *map(_not_tried, proposal.missing)),
     )
+
+
+def _features(target: str) -> frozenset[str]:
+    """What this processor can do, where it says something of the target's."""
+    kinds = targets.kinds_of(target)
+    here = not kinds or platform.machine() in kinds
+    return causes.processor_features() if here else frozenset()
 
 
 def _not_tried(module: str) -> str:

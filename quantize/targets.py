@@ -47,6 +47,11 @@ def can_import(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def kinds_of(target: str, where: str = "--target") -> tuple[str, ...]:
+    """Kinds of processor that a profile is for, as uname names them; empty: any. See profile."""
+    return profile(target, where).match.arch
+
+
 def notes(targets: Sequence[str], machine: str = "") -> list[str]:
     """What a reader must know where the times are not of the target's kind of processor.
 
@@ -59,7 +64,7 @@ def notes(targets: Sequence[str], machine: str = "") -> list[str]:
     machine = machine or platform.machine()
     said = []
     for index, target in enumerate(targets):
-        kinds = profile(target, f"targets[{index}]").match.arch
+        kinds = kinds_of(target, f"targets[{index}]")
         if kinds and machine not in kinds:
             said.append(
                 f"times are of this {machine}; {target} is {' or '.join(kinds)}: another variant"

@@ -81,14 +81,19 @@ def _wrong(
         f" {one.backend_version}"
     )
     if not lost.drop <= drop_max:  # not a number is no proof
-        return f"{WORSE}: {figures}, a loss of {lost.drop:.4f} where {drop_max:g} is allowed"
+        return f"{WORSE}: {figures}, a loss of {_figure(lost.drop)} where {drop_max:g} is allowed"
     if not lost.bound <= drop_max:
         return (
             f"{UNPROVEN}: {figures}; at {percent(budgets.confidence)} confidence it may lose"
-            f" {lost.bound:.4f}, allowed is {drop_max:g};"
+            f" {_figure(lost.bound)}, allowed is {drop_max:g};"
             f" {_enough(lost, samples, drop_max, budgets.confidence)}"
         )
     return ""
+
+
+def _figure(value: float) -> str:
+    """A loss with digits enough to be compared with a small budget."""
+    return f"{value:.4f}" if abs(value) >= 0.01 or not value else f"{value:.3g}"
 
 
 def _enough(lost: Difference, samples: int, drop_max: float, confidence: float) -> str:

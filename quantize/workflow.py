@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from edge_runtime.bundle.create import Created
+from edge_runtime.errors import EdgeError
 from quantize import (
     building,
     datasets,
@@ -58,11 +59,12 @@ class Prepared(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """What a run leaves."""
+    """What a run leaves. `failed`: why the bundle that should have been written was not."""
 
     outcome: Outcome
     built: tuple[Built, ...]
     created: Created | None
+    failed: EdgeError | None = None
 
 
 def prepare(given: Recipe) -> Prepared:
@@ -112,7 +114,7 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
         out: the bundle to write; it is not where nothing but the float model passed.
 
     Raises:
-        EdgeError: the float model fails, or the bundle cannot be written.
+        EdgeError: the float model fails.
     """
     began_s = time.monotonic()
     kept = scratch.Scratch(folder)
@@ -153,7 +155,11 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
     created = None
     if out is not None and outcome.has_gain:
         say(f"packing {len(outcome.shipped)} variants")
-        created = packing.pack(ready.recipe, outcome, ready.split.evaluation, answers, output, out)
+        data = ready.split.evaluation
+        try:
+            created = packing.pack(ready.recipe, outcome, data, answers, output, out)
+        except EdgeError as error:  # what was measured is not lost with it
+            return Finished(outcome, tuple(built), None, error)
     return Finished(outcome, tuple(built), created)
 
 

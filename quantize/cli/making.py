@@ -139,6 +139,8 @@ def _check_place(path: Path | None) -> None:
 
 def _shown(arguments: argparse.Namespace, recipe: Recipe, done: Finished) -> int:
     _show(arguments, done)
+    if done.failed is not None:
+        raise done.failed
     if not done.outcome.has_gain:
         raise ModelError(
             "nothing but the float model passed; no bundle is written",

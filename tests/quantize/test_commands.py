@@ -13,7 +13,7 @@ import pytest
 from edge_runtime.bundle import archive
 from edge_runtime.bundle import manifest as manifests
 from edge_runtime.bundle.manifest import Tolerance
-from edge_runtime.errors import EdgeError
+from edge_runtime.errors import EdgeError, StorageError
 from quantize import cli, evaluating, packing, workflow, writing
 from quantize import recipe as recipes
 from tests.quantize.test_faults import network, pictures
@@ -274,3 +274,18 @@ def test_a_typo_in_a_recipe_is_found_before_any_work_and_the_choices_are_named(
         workflow.prepare(recipes.load(recipe(folder, **changes)))
     error = caught.value
     assert where in error.where and says in f"{error.expected} {error.remedy}"
+
+
+def test_what_was_measured_is_kept_when_the_bundle_cannot_be_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageError("no space left on device", where="the bundle")
+
+    monkeypatch.setattr(packing, "pack", full)
+    kept = folder / "kept.json"
+    words = ["run", str(recipe(folder)), "-o", str(folder / "o.bundle"), "--out-json", str(kept)]
+    assert cli.main(words) == StorageError.exit_code
+    said = capsys.readouterr()
+    assert "no space left" in said.err and "shipped" in said.out
+    assert json.loads(kept.read_text())["name"] == "colour"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
 from edge_runtime.errors import ModelError, UsageError
 from edge_runtime.tensors import TensorSpec
-from quantize import clusters, judging, results, scores
-from quantize.recipe import Evaluation
+from quantize import clusters, judging, results, scores, verdict
+from quantize.recipe import Budgets, Evaluation
+from tests.quantize import outcomes
 
 CLASSES = TensorSpec("p", "FP32", (-1, 10))
 ONE = TensorSpec("v", "FP32", (-1, 1))
@@ -227,3 +229,11 @@ def test_shares_that_are_not_lost_on_few_samples_prove_as_little_as_hits() -> No
 @pytest.mark.parametrize(("share", "said"), [(0.95, "95%"), (0.995, "99.5%"), (0.9999, "99.99%")])
 def test_a_confidence_is_not_rounded_up_to_certainty(share: float, said: str) -> None:
     assert results.percent(share) == said
+
+
+def test_a_small_loss_is_told_with_digits_enough() -> None:
+    reference = outcomes.variant("fp32", 0.9, 1.0, 1)
+    lost = scores.Difference(0.000141, 0.0, 0.0002, 0.0002, 0.5, 9, 7)
+    one = msgspec.structs.replace(outcomes.variant("int8", 0.9, 1.0, 1), against=lost)
+    said = verdict.refusal(one, reference, Budgets(), 0.0001, 800)
+    assert "a loss of 0.000141 where 0.0001 is allowed" in said
