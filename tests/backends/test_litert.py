@@ -329,7 +329,7 @@ old.interpreter = sys.modules['tflite_runtime.interpreter'] = types.ModuleType('
 np.__version__ = '{numpy}'
 """
 CASES = {
-    "none": (NONE, ["neither", "edge-runtime[litert]"]),
+    "none": (NONE, ["or else tflite-runtime", "edge-runtime[litert]"]),
     "old with numpy 2": (FAKE_OLD.format(numpy="2.1.0"), ["numpy 2.1.0", "edge-runtime[tflite]"]),
     "old with numpy 1": (FAKE_OLD.format(numpy="1.26.4"), ["2.14.0 (tflite-runtime)"]),
 }

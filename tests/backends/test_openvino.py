@@ -296,14 +296,14 @@ class TestState:
         )
         from openvino._offline_transformations import apply_make_stateful_transformation
 
-        read = door._read
+        read = door.read
 
         def read_with_state(given: Path) -> Any:
             model = read(given)
             apply_make_stateful_transformation(model, {"before": "after"})
             return model
 
-        monkeypatch.setattr(door, "_read", read_with_state)
+        monkeypatch.setattr(door, "read", read_with_state)
         return path
 
     def test_by_default_every_run_begins_anew(self, artifact: Path):
