@@ -57,7 +57,7 @@ def dominated(one: Evaluated, others: Sequence[Evaluated]) -> str:
     """
     for other in others:
         if other.name != one.name and other.backend == one.backend and _as_good(other, one):
-            return f"{other.name} is as good in everything: answers, speed, size"
+            return f"{other.name} is as good, as far as can be told: answers, speed, size"
     return ""
 
 
