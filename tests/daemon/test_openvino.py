@@ -33,7 +33,8 @@ def test_a_model_answers_batches_of_any_size_from_its_sandbox(daemon):
     (ready,) = daemon.events("template_ready", backend="openvino")
     assert ready["fields"]["version"][0].isdigit()
     os.kill(worker["pid"], signal.SIGKILL)
-    until(lambda: daemon.ready("ov") and daemon.worker("ov")["pid"] != worker["pid"])
+    until(lambda: daemon.worker("ov").get("pid", worker["pid"]) != worker["pid"])
+    until(lambda: daemon.ready("ov"))
     assert daemon.infer("ov") == 6.0
 
 
