@@ -6,7 +6,6 @@ profile's backends, which libraries are here) and returns a recipe like one that
 
 from __future__ import annotations
 
-import platform
 import re
 import tempfile
 from collections.abc import Sequence
@@ -109,9 +108,7 @@ def recipe(wish: Wish, folder: Path | None = None, say: Say = lambda what: None)
 
 def _features(target: str) -> frozenset[str]:
     """What this processor can do, where it says something of the target's."""
-    kinds = targets.kinds_of(target)
-    here = not kinds or platform.machine() in kinds
-    return causes.processor_features() if here else frozenset()
+    return frozenset() if targets.other_kinds(target) else causes.processor_features()
 
 
 def _not_tried(module: str) -> str:

@@ -325,9 +325,7 @@ def _clean(ready: Prepared, kept: scratch.Scratch) -> Path:
     """The cleaned-up model: that is what lists of nodes speak of. Raises: UsageError."""
     variant = Variant("clean", passes=(moves.CLEAN,))
     (chain,) = building.chains([variant], ready.source)
-    built = building.build(
-        chain, ready.source, ready.split.calibration, ready.recipe.seed, kept, lambda _: None
-    )
+    built = workflow.build(ready, chain, kept, lambda _: None)
     if built.path is None:
         raise UsageError(built.refusal, where="clean")
     return built.path
@@ -355,9 +353,7 @@ def _with_layers(run: _Run, facts: Facts) -> Facts:
 
 def rank_layers(given: dict[str, Any]) -> list[dict[str, Any]]:
     """sensitivity.Layer of each, the most sensitive first. The job of an executor."""
-    own = ("key", "most_s")
-    told = msgspec.convert({k: v for k, v in given.items() if k not in own}, trials.Order)
-    ready, kept = workflow.prepare(told.recipe), scratch.Scratch(Path(told.folder))
+    ready, kept, _ = trials.opened(given)
 
     def make(draft: Path) -> None:
         draft.write_bytes(msgspec.json.encode(_ranked(ready, kept, given["most_s"])))

@@ -47,9 +47,11 @@ def can_import(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def kinds_of(target: str, where: str = "--target") -> tuple[str, ...]:
-    """Kinds of processor that a profile is for, as uname names them; empty: any. See profile."""
-    return profile(target, where).match.arch
+def other_kinds(target: str, where: str = "--target", machine: str = "") -> tuple[str, ...]:
+    """Kinds of processor that a profile is for, as uname names them, where this machine is of none
+    of them; empty: it is. `machine`: as uname names it; empty: this one. See profile."""
+    kinds = profile(target, where).match.arch
+    return () if (machine or platform.machine()) in kinds else kinds
 
 
 def notes(targets: Sequence[str], machine: str = "") -> list[str]:
@@ -64,8 +66,8 @@ def notes(targets: Sequence[str], machine: str = "") -> list[str]:
     machine = machine or platform.machine()
     said = []
     for index, target in enumerate(targets):
-        kinds = kinds_of(target, f"targets[{index}]")
-        if kinds and machine not in kinds:
+        kinds = other_kinds(target, f"targets[{index}]", machine)
+        if kinds:
             said.append(
                 f"times are of this {machine}; {target} is {' or '.join(kinds)}: another variant"
                 " can be the fastest there, and what was refused here as slow may be fast. The"

@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
-
 from edge_runtime.cli import output
 from edge_runtime.errors import ModelError
 from quantize import building, executors, moves, scratch, trials, workflow
@@ -136,18 +134,9 @@ def train(given: dict[str, Any]) -> float:
         ModelError: it cannot be built; says what the user's function raised.
     """
     began_s = time.monotonic()
-    told = msgspec.convert({k: v for k, v in given.items() if k != "key"}, trials.Order)
-    ready, kept = workflow.prepare(told.recipe), scratch.Scratch(Path(told.folder))
-    chain = next(one for one in ready.chains if one.variant == told.recipe.variants[0])
+    ready, kept, chain = trials.opened(given)
     with (kept.folder / f"{given['key']}{LOG}").open("w", buffering=1) as log:
-        built = building.build(
-            chain,
-            ready.source,
-            ready.split.calibration,
-            told.recipe.seed,
-            kept,
-            lambda line: print(line, file=log),
-        )
+        built = workflow.build(ready, chain, kept, lambda line: print(line, file=log))
     if built.path is None:
         raise ModelError(built.refusal)
     return time.monotonic() - began_s

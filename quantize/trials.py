@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -147,25 +147,35 @@ def context(ready: Prepared) -> str:
     )
 
 
+class Opened(NamedTuple):
+    """An order that is being carried out: `chain` of its variant."""
+
+    ready: Prepared
+    kept: scratch.Scratch
+    chain: building.Chain
+
+
+def opened(given: dict[str, Any]) -> Opened:
+    """What an executor's job was given (see `order`; a job may be told more), read.
+
+    Raises:
+        EdgeError: what is wrong with recipe, model or data.
+    """
+    told = msgspec.convert(given, Order)
+    kept = scratch.Scratch(Path(told.folder))
+    ready = workflow.prepare(told.recipe)
+    chain = next(one for one in ready.chains if one.variant == told.recipe.variants[0])
+    return Opened(ready, kept, chain)
+
+
 def attempt(given: dict[str, Any]) -> dict[str, Any]:
     """Build and judge a variant. The job of an executor.
 
     Raises:
         EdgeError: it cannot be built, or its backend refuses it.
     """
-    told = msgspec.convert(given, Order)
-    kept = scratch.Scratch(Path(told.folder))
-    ready = workflow.prepare(told.recipe)
-    chain = next(one for one in ready.chains if one.variant == told.recipe.variants[0])
-    built = building.build(
-        chain,
-        ready.source,
-        ready.split.calibration,
-        told.recipe.seed,
-        kept,
-        _silent,
-        workflow.validation(ready, chain),
-    )
+    ready, kept, chain = opened(given)
+    built = workflow.build(ready, chain, kept, _silent)
     if built.path is None:
         raise ModelError(built.refusal)
     mine = answers(ready.judge, chain.variant, built.path)

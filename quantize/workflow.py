@@ -118,18 +118,7 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
     """
     began_s = time.monotonic()
     kept = scratch.Scratch(folder)
-    built = [
-        building.build(
-            one,
-            ready.source,
-            ready.split.calibration,
-            ready.recipe.seed,
-            kept,
-            say,
-            validation(ready, one),
-        )
-        for one in ready.chains
-    ]
+    built = [build(ready, one, kept, say) for one in ready.chains]
     evaluated, answers = evaluating.evaluate(ready.judge, built, say)
     output = ready.judge.output
     observed = observing.observe(ready.source, ready.split, built, answers, output, say)
@@ -161,6 +150,19 @@ def run(ready: Prepared, folder: Path, out: Path | None, say: Say) -> Finished:
         except EdgeError as error:  # what was measured is not lost with it
             return Finished(outcome, tuple(built), None, error)
     return Finished(outcome, tuple(built), created)
+
+
+def build(ready: Prepared, chain: Chain, kept: scratch.Scratch, say: Say) -> Built:
+    """One of the run's variants as a file; see building.build."""
+    return building.build(
+        chain,
+        ready.source,
+        ready.split.calibration,
+        ready.recipe.seed,
+        kept,
+        say,
+        validation(ready, chain),
+    )
 
 
 def validation(ready: Prepared, chain: Chain) -> Callable[[], Validation]:

@@ -277,41 +277,36 @@ def keys(graph: dict[str, Any], code: str) -> None:
     spec["out_spec"] = json.dumps([1, {"context": {"__enum__": True, "fqn": "planted:It"}}])
 
 
-@pytest.mark.parametrize("plant", [size, target, keys])
-def test_a_program_whose_graph_is_code_is_refused(
-    plant: Callable[[dict[str, Any], str], None], data: Path, tmp_path: Path
-) -> None:
-    good, bad, ran = (
-        program(tmp_path / "good.pt2", nets.small()),
-        tmp_path / "bad.pt2",
-        tmp_path / "ran",
-    )
+def replanted(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A program whose graph was changed behind torch's back."""
+    good, bad = program(folder / "good.pt2", nets.small()), folder / "bad.pt2"
     with zipfile.ZipFile(good) as before, zipfile.ZipFile(bad, "w") as after:
         for name in before.namelist():
             content = before.read(name)
             if name == GRAPH:
                 graph = json.loads(content)
-                plant(graph, f"__import__('pathlib').Path({str(ran)!r}).touch()")
+                change(graph)
                 content = json.dumps(graph).encode()
             after.writestr(name, content)
+    return bad
+
+
+@pytest.mark.parametrize("plant", [size, target, keys])
+def test_a_program_whose_graph_is_code_is_refused(
+    plant: Callable[[dict[str, Any], str], None], data: Path, tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    code = f"__import__('pathlib').Path({str(ran)!r}).touch()"
+    bad = replanted(tmp_path, lambda graph: plant(graph, code))
     with pytest.raises(UsageError, match=r"models/model\.json: .*opening it may run code"):
         origins.export(recipe(str(bad), data), tmp_path / "work")
     assert not ran.exists()
 
 
 def test_guards_that_stand_in_a_program_as_text_do_not_run(tmp_path: Path) -> None:
-    good, bad, ran = (
-        program(tmp_path / "good.pt2", nets.small()),
-        tmp_path / "bad.pt2",
-        tmp_path / "ran",
-    )
-    with zipfile.ZipFile(good) as before, zipfile.ZipFile(bad, "w") as after:
-        for name in before.namelist():
-            content = before.read(name)
-            if name == GRAPH:
-                code = f"__import__('pathlib').Path({str(ran)!r}).touch() is None"
-                content = msgspec.json.encode(json.loads(content) | {"guards_code": [code]})
-            after.writestr(name, content)
+    ran = tmp_path / "ran"
+    code = f"__import__('pathlib').Path({str(ran)!r}).touch() is None"
+    bad = replanted(tmp_path, lambda graph: graph.update(guards_code=[code]))
     made = torch_modules.load(str(bad))
     assert torch_modules.outputs(made, made.examples)[0][1].shape == (2, 4)
     assert not ran.exists()
